@@ -83,8 +83,8 @@ class Call:
 
 def whole_sequences(sequences: int, length: int, convention: Convention = "causal") -> Call:
     """A forward over whole sequences: training, or prefill without a cached prefix."""
-    _positive("sequences", sequences)
-    _positive("sequence length", length)
+    require_positive("sequences", sequences)
+    require_positive("sequence length", length)
     if convention not in ("causal", "full"):
         raise ConfigError(f"convention is {convention!r}; allowed: causal, full")
     return Call(sequences, length, length / 2 if convention == "causal" else length)
@@ -92,9 +92,9 @@ def whole_sequences(sequences: int, length: int, convention: Convention = "causa
 
 def decode_step(sequences: int, context: int, new_tokens: int = 1) -> Call:
     """A decode step at `context` positions a sequence, the new ones included."""
-    _positive("batch", sequences)
-    _positive("context", context)
-    _positive("new tokens", new_tokens)
+    require_positive("batch", sequences)
+    require_positive("context", context)
+    require_positive("new tokens", new_tokens)
     return Call(sequences, new_tokens, context, cached=context)
 
 
@@ -283,6 +283,7 @@ def _heads(config: ModelConfig, call: Call, include_mtp: bool) -> Iterable[Opera
         yield Operation("shared head", "head", "matmul", "bf16", count, 2.0 * call.tokens * size, 2.0 * size, moved)
 
 
-def _positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """Raise ConfigError for a size that is zero or negative."""
     if value <= 0:
         raise ConfigError(f"{name} is {value}; it must be at least 1")

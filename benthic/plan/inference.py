@@ -15,7 +15,7 @@ from benthic.config import ModelConfig
 from benthic.config.manifest import parameters
 from benthic.errors import ConfigError
 from benthic.plan.devices import Device
-from benthic.plan.flops import Call, Operation, decode_step, forward_operations, whole_sequences
+from benthic.plan.flops import Call, Operation, decode_step, forward_operations, require_positive, whole_sequences
 from benthic.plan.kv_cache import CacheFormat, bytes_per_token_of_rank, cache_bytes_per_token
 from benthic.plan.parameters import WeightFormat, is_prediction, row_bytes
 from benthic.plan.roofline import roofline, total_seconds
@@ -59,8 +59,7 @@ class Step:
 def check(config: ModelConfig, serving: Serving) -> None:
     """Raise ConfigError when a layout does not divide the model."""
     gpus = serving.gpus
-    if gpus <= 0:
-        raise ConfigError(f"gpus is {gpus}; it must be at least 1")
+    require_positive("gpus", gpus)
     if serving.attention not in ("tensor", "data"):
         raise ConfigError(f"attention is {serving.attention!r}; allowed: tensor, data")
     if config.n_routed_experts and config.n_routed_experts % gpus:
@@ -128,12 +127,14 @@ def sequences_per_gpu(serving: Serving, batch: int) -> int:
 
 def longest_context(config: ModelConfig, serving: Serving, batch: int = 1) -> int:
     """Positions each of `batch` sequences can have in memory; 0 when not even the weights fit."""
+    require_positive("batch", batch)
     one = cache_bytes_per_token_per_gpu(config, serving) * sequences_per_gpu(serving, batch)
     return max(0, int(free_bytes_per_gpu(config, serving) // one))
 
 
 def largest_batch(config: ModelConfig, serving: Serving, context: int) -> int:
     """Sequences of `context` positions that fit all GPUs together; 0 when not even the weights fit."""
+    require_positive("context", context)
     held = free_bytes_per_gpu(config, serving) // (cache_bytes_per_token_per_gpu(config, serving) * context)
     return max(0, int(held)) * (serving.gpus if serving.attention == "data" else 1)
 
@@ -174,8 +175,7 @@ def speculative_decode(
         )
     if not 0.0 <= acceptance <= 1.0:
         raise ConfigError(f"acceptance is {acceptance}; allowed: 0 to 1")
-    if drafts <= 0:
-        raise ConfigError(f"drafts is {drafts}; it must be at least 1")
+    require_positive("drafts", drafts)
     plain = replace(serving, include_mtp=False)
     verify = decode(config, plain, batch, context, 1 + drafts)
     one = decode(config, plain, batch, context)
