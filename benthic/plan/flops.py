@@ -32,8 +32,8 @@ ACTIVATION_BYTES = 2
 class Operation:
     """One operation of a call. FLOPs and bytes are those of one execution; `count` executions happen (layers).
 
-    `work` chooses the device's rate; "memory" marks what takes the time of its bytes alone. `weight_bytes` are read once a call,
-    `activation_bytes` are inputs and outputs (for attention over a cache: the cache).
+    `work` chooses the device's rate; "memory" marks what takes the time of its bytes alone. `weight_bytes` are read
+    once a call, `activation_bytes` are inputs and outputs (for attention over a cache: the cache).
     """
 
     name: str
