@@ -17,6 +17,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     console.print(f"[bold]{plan['model']}[/]: {_summary(plan)}")
     for table in (_parameters(plan), _kv_cache(plan), _flops(plan), _serving(plan), _steps(plan)):
         console.print(table)
+    if not plan["serving"]["fits"]:
+        console.print(_shortage(plan["serving"]), style="bold red", markup=False, soft_wrap=True)
     console.print("Assumed:")
     for text in plan["assumptions"]:
         console.print(f"  {text}", markup=False, soft_wrap=True)
@@ -59,6 +61,13 @@ def _summary(plan: dict[str, Any]) -> str:
             f"and {built['shared_experts']} shared, {count['active_without_input_embedding'] / 1e9:.1f}B active a token"
         )
     return text + (f", {built['prediction_layers']} MTP layer" if built["prediction_layers"] else "")
+
+
+def _shortage(serving: dict[str, Any]) -> str:
+    asked = f"batch {serving['batch']} at {serving['context']:,} positions"
+    fewest = serving["fewest_gpus"]
+    remedy = f"{fewest} x {serving['device']} hold it" if fewest else "no power of two up to 1,024 holds it"
+    return f"{asked} does not fit on {serving['gpus']} x {serving['device']}; {remedy}"
 
 
 def _parameters(plan: dict[str, Any]) -> Table:
