@@ -10,10 +10,11 @@ T context.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from benthic.config import ModelConfig
+from benthic.config.model import AttentionKind
 from benthic.plan.flops import decode_flops_per_token, forward_flops_per_token, training_flops_per_token
 from benthic.plan.kv_cache import (
     CACHE_BITS,
@@ -40,7 +41,7 @@ class Line:
     unit: str
 
 
-def make_line(section: str, name: str, formula: str, letters: Letters, value: float, unit: str) -> Line:
+def make_line(section: str, name: str, formula: str, letters: Mapping[str, float], value: float, unit: str) -> Line:
     """A line whose numbers are `formula` with each letter replaced."""
     numbers = re.sub(r"[A-Za-z_]\w*", lambda match: str(letters[match.group()]), formula)
     return Line(section, name, formula, numbers, value, unit)
@@ -147,7 +148,7 @@ def _cache_lines(config: ModelConfig, letters: Letters, cache: CacheFormat) -> I
     pair = "(N + v)" if config.kv_lora_rank else "2*d"
     own = config.attention_kind
     gqa = "H_kv" if own == "gqa" else "groups"
-    formulas = {"mha": f"H*{pair}*L", "gqa": f"{gqa}*{pair}*L", "mqa": f"{pair}*L"}
+    formulas: dict[AttentionKind, str] = {"mha": f"H*{pair}*L", "gqa": f"{gqa}*{pair}*L", "mqa": f"{pair}*L"}
     formulas["mla"] = "(C + R)*L" if own == "mla" else "(4*d + d//2)*L"
     for kind, formula in formulas.items():
         label = f"{kind.upper()} (this model)" if kind == own else f"as {kind.upper()}"

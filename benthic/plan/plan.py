@@ -212,7 +212,7 @@ def _batches(request: PlanRequest, most: int) -> list[int]:
 
 def _step(config: ModelConfig, request: PlanRequest, serving: Serving, batch: int) -> dict[str, Any]:
     plain = decode(config, serving, batch, request.context)
-    found = {
+    found: dict[str, Any] = {
         "batch": batch,
         "seconds_per_token": plain.seconds,
         "communication_seconds": plain.communication_seconds,
