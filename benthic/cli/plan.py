@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from benthic.config import ModelConfig
 from benthic.config.published import preset_names
@@ -14,7 +13,8 @@ from benthic.errors import ConfigError
 from benthic.plan.devices import DEVICES
 from benthic.plan.kv_cache import CACHE_FORMATS
 from benthic.plan.parameters import WEIGHT_FORMATS
-from benthic.plan.plan import PlanRequest, explain_plan, make_plan, time_operations
+from benthic.plan.plan import explain_plan, make_plan
+from benthic.plan.request import PlanRequest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,19 +63,12 @@ def main(arguments: list[str]) -> int:
         from benthic.plan.plots import plot_plans
 
         plot_plans(configs, plans, options.plot)
-    explanations = [_explanation(config, request) for config in configs] if options.explain else []
+    explanations = [explain_plan(config, request) for config in configs] if options.explain else []
     if options.json:
         _print_json(plans, explanations)
     else:
         _print_tables(plans, explanations)
     return 0
-
-
-def _explanation(config: ModelConfig, request: PlanRequest) -> dict[str, Any]:
-    return {
-        "lines": [asdict(line) for line in explain_plan(config, request)],
-        "operations": time_operations(config, request),
-    }
 
 
 def _print_json(plans: list[dict], explanations: list[dict]) -> None:

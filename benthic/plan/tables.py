@@ -41,8 +41,8 @@ def print_explanation(model: str, explanation: dict[str, Any]) -> None:
         console.print(f"    = {line['formula']}", markup=False, soft_wrap=True)
         console.print(f"    = {line['numbers']}", markup=False, soft_wrap=True)
         console.print(f"    = {_exact(line['value'])} {line['unit']}", markup=False)
-    for call, operations in explanation["operations"].items():
-        console.print(_operations(call, operations))
+    for call in ("decode", "prefill"):
+        console.print(_operations(call, explanation[call]))
 
 
 def _table(title: str, *columns: str) -> Table:

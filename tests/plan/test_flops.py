@@ -16,16 +16,18 @@ from benthic.model import LanguageModel, initialise
 from benthic.model.cache import Cache
 from benthic.ops import experts
 from benthic.plan.flops import (
-    backward_operations,
     decode_flops_per_token,
+    forward_flops_per_token,
+    recomputed_flops_per_token,
+    training_flops_per_token,
+)
+from benthic.plan.operations import (
+    backward_operations,
     decode_step,
     expected_experts,
-    forward_flops_per_token,
     forward_operations,
-    recomputed_flops_per_token,
     recomputed_operations,
     total_flops,
-    training_flops_per_token,
     whole_sequences,
 )
 from benthic.plan.parameters import count_parameters

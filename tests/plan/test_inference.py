@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from benthic.config import ModelConfig
 from benthic.errors import ConfigError
 from benthic.plan.devices import find_device
-from benthic.plan.flops import decode_step, forward_operations, total_flops
 from benthic.plan.inference import (
     Serving,
     decode,
@@ -22,6 +21,7 @@ from benthic.plan.inference import (
     speculative_decode,
     weight_bytes_per_gpu,
 )
+from benthic.plan.operations import decode_step, forward_operations, total_flops
 from benthic.plan.parameters import weight_bytes
 from tests.plan.configs import SMALL
 

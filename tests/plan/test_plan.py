@@ -8,7 +8,8 @@ from hypothesis import given
 from benthic.config import ModelConfig
 from benthic.config.published import preset_names
 from benthic.errors import ConfigError
-from benthic.plan.plan import PlanRequest, explain_plan, make_plan, time_operations
+from benthic.plan.plan import explain_plan, make_plan
+from benthic.plan.request import PlanRequest
 from tests.plan.configs import SMALL, configs
 
 KEYS = {
@@ -81,17 +82,17 @@ def test_a_given_batch_is_the_one_step_shown():
 def test_the_explained_numbers_of_serving_evaluate_to_the_plan(name):
     request = PlanRequest(context=32, batch=3)
     plan = make_plan(SMALL[name], request, name)
-    lines = {line.name: line for line in explain_plan(SMALL[name], request)}
+    lines = {line["name"]: line for line in explain_plan(SMALL[name], request)["lines"]}
     for line in lines.values():
-        assert eval(line.numbers) == pytest.approx(line.value, rel=1e-9), line
-    assert lines["longest context"].value == plan["serving"]["longest_context"]
-    assert lines["largest batch"].value == plan["serving"]["largest_batch"]
+        assert eval(line["numbers"]) == pytest.approx(line["value"], rel=1e-9), line
+    assert lines["longest context"]["value"] == plan["serving"]["longest_context"]
+    assert lines["largest batch"]["value"] == plan["serving"]["largest_batch"]
 
 
 def test_operations_add_up_to_the_step():
     config, request = preset("deepseek-v2-lite"), PlanRequest(batch=8, gpus=1)
     plan = make_plan(config, request, "lite")
-    seconds = sum(one["seconds"] for one in time_operations(config, request)["decode"])
+    seconds = sum(one["seconds"] for one in explain_plan(config, request)["decode"])
     assert seconds == pytest.approx(plan["serving"]["steps"][0]["seconds_per_token"])
 
 
