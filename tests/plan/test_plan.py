@@ -10,7 +10,7 @@ from benthic.config.published import preset_names
 from benthic.errors import ConfigError
 from benthic.plan.plan import explain_plan, make_plan
 from benthic.plan.request import PlanRequest
-from tests.plan.configs import SMALL, configs
+from tests.plan.configs import SMALL, configs, drawn
 
 KEYS = {
     "parameters": "total active active_without_input_embedding mtp_unique mtp_stored routed shared attention dense "
@@ -45,6 +45,7 @@ def test_the_plan_of_v3_holds_the_published_figures():
     assert plan["memory"]["stored_bytes"] == pytest.approx(688.6e9, rel=1e-3)
 
 
+@drawn
 @given(configs())
 def test_any_model_has_a_plan(config):
     plan = make_plan(config, PlanRequest(context=64, gpus=1), "drawn")
