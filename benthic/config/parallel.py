@@ -110,6 +110,16 @@ class ParallelConfig(Settings):
         return self.ranks_in_stage // self.expert
 
     @property
+    def dense_shards(self) -> int:
+        """Ranks over which ZeRO splits what is no routed expert; context ranks hold the same weights, so they count."""
+        return self.shard * self.context
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks over which ZeRO splits a rank's routed experts: copies within one replica."""
+        return max(1, self.dense_shards * self.tensor // self.expert)
+
+    @property
     def stages_per_rank(self) -> int:
         """Parts of the model a rank holds: 2 in the bidirectional schedules."""
         return 2 if self.schedule in ("dualpipe", "dualpipev") and self.pipeline > 1 else self.chunks

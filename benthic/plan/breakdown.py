@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One addend: `value` is what `formula` says. Lines of one `part` are added up in tables."""
+class Term:
+    """One addend: `value` is what `formula` says, numbers in place. Terms of one `part` are added up in tables."""
 
     part: str
     name: str
@@ -18,10 +18,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Lines that add up to `total`, in `unit`; `assumptions` are the sentences the sum rests on."""
+    """Terms that add up to `total`, in `unit`; `assumptions` are the sentences the sum rests on."""
 
     unit: str
-    lines: tuple[Line, ...]
+    lines: tuple[Term, ...]
     assumptions: tuple[str, ...] = ()
 
     @property
@@ -38,6 +38,6 @@ class Breakdown:
         return parts
 
 
-def breakdown(unit: str, lines: Iterable[Line], assumptions: Iterable[str] = ()) -> Breakdown:
+def breakdown(unit: str, lines: Iterable[Term], assumptions: Iterable[str] = ()) -> Breakdown:
     """A Breakdown of the lines that are not zero."""
     return Breakdown(unit, tuple(line for line in lines if line.value), tuple(assumptions))

@@ -66,20 +66,20 @@ def steady(layout: ParallelConfig, stage: StageTime, micro_batches: int) -> floa
     return micro_batches * passes * stage.both
 
 
-def chunks_in_flight(layout: ParallelConfig, micro_batches: int) -> float:
-    """Forward passes of one stage whose activations the fullest rank keeps at once.
+def chunks_in_flight(layout: ParallelConfig, rank: int, micro_batches: int) -> float:
+    """Forward passes of one stage whose activations pipeline rank `rank` keeps at once.
 
-    1F1B and ZB1P: the first rank fills with P micro-batches. Interleaved: P chunks + (P - 1) more for every further chunk
-    (arXiv:2104.04473, section 2.2). DualPipe: P + 1 (its README). DualPipeV: 2 P + 1 of its half-size stages.
+    1F1B and ZB1P: P - rank. Interleaved: (chunks - 1) P + 1 + 2 (P - 1 - rank), the forwards before the first backward
+    (arXiv:2104.04473, section 2.2). DualPipe: P + 1, DualPipeV: 2 P + 1 of its half-size stages (DualPipe README).
     """
     ranks = layout.pipeline
     if ranks == 1:
-        return layout.chunks
+        return 1
     match layout.schedule:
         case "1f1b" | "zb1p":
-            return min(ranks, micro_batches)
+            return min(ranks - rank, micro_batches)
         case "interleaved":
-            return min(ranks * layout.chunks + ranks - 1, micro_batches * layout.chunks)
+            return min((layout.chunks - 1) * ranks + 1 + 2 * (ranks - 1 - rank), micro_batches * layout.chunks)
         case "dualpipe":
             return min(ranks + 1, micro_batches)
         case "dualpipev":
