@@ -2,8 +2,9 @@
 
 The value comes from the code that the trainer and the engine use; a test evaluates the numbers and holds the two
 together. Letters: D hidden_size, V vocab_size, L layers, H heads, H_kv key-value heads, d head width, C kv_lora_rank,
-r q_lora_rank, N, R and v the no-position, rotary and value widths, E experts, K chosen, F expert width, S sequence
-length, T context.
+r q_lora_rank, N, R and v the no-position, rotary and value widths, E experts, K chosen, F expert width, P active
+parameters without the input embedding (P_mtp: of the prediction layers, shared head included), S sequence length,
+T context.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benthic.config import ModelConfig
-from benthic.config.manifest import parameters
 from benthic.plan.flops import decode_flops_per_token, forward_flops_per_token, training_flops_per_token
 from benthic.plan.kv_cache import (
     CACHE_BITS,
@@ -23,7 +23,7 @@ from benthic.plan.kv_cache import (
     elements_per_token,
     expanded_elements_per_token,
 )
-from benthic.plan.parameters import ParameterCount, active_size, count_parameters, is_prediction
+from benthic.plan.parameters import ParameterCount, count_parameters, repeated_parameters
 
 Letters = dict[str, int]
 
@@ -131,7 +131,7 @@ def _parameter_lines(config: ModelConfig, letters: Letters) -> Iterator[Line]:
 
 
 def _prediction_extras(config: ModelConfig) -> int:
-    return sum(row.size for row in parameters(config) if row.part == "prediction")
+    return sum(one.count * one.row.size for one in repeated_parameters(config) if one.part == "prediction")
 
 
 def _sum_line(name: str, count: ParameterCount) -> Line:
@@ -164,7 +164,9 @@ def _cache_lines(config: ModelConfig, letters: Letters, cache: CacheFormat) -> I
 
 def _flops_lines(config: ModelConfig, letters: Letters) -> Iterator[Line]:
     sequence, context = letters["S"], letters["T"]
-    letters |= {"P": matrix_elements(config), "P_mtp": matrix_elements(config, prediction=True)}
+    count = count_parameters(config)
+    head = config.num_nextn_predict_layers * config.vocab_size * config.hidden_size
+    letters |= {"P": count.active_without_input_embedding, "P_mtp": count.mtp_active + head}
 
     def line(name: str, formula: str, value: float) -> Line:
         return make_line("flops", name, formula, letters, value, "FLOPs a token")
@@ -181,17 +183,3 @@ def _flops_lines(config: ModelConfig, letters: Letters) -> Iterator[Line]:
         yield line("training with MTP, causal", f"3*(2*P + {causal} + 2*P_mtp + {added})", value)
     widths = "(2*C + R)" if config.kv_lora_rank else "(d + v)"
     yield line("decode", f"2*P + 2*L*T*H*{widths}", decode_flops_per_token(config, context))
-
-
-def matrix_elements(config: ModelConfig, prediction: bool = False) -> int:
-    """Elements of the matrices a token is multiplied with: P of the formulas. Vectors and the input table are not.
-
-    With `prediction`, those the prediction layers add, the shared head once for each of them included.
-    """
-    found = sum(
-        active_size(config, row)
-        for row in parameters(config)
-        if len(row.shape) > 1 and row.part != "embedding" and is_prediction(config, row) == prediction
-    )
-    heads = config.num_nextn_predict_layers if prediction else int(config.tie_word_embeddings)
-    return found + heads * config.vocab_size * config.hidden_size

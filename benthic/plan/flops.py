@@ -1,12 +1,13 @@
 """Floating-point operations and bytes of one call of the model, operation by operation.
 
-Matrices come from the manifest: a token costs 2 FLOPs for each element of a matrix it meets. The attention core, the
-only work without parameters that counts, costs 2 (d_qk + d_v) FLOPs for each head and attended position.
+Parameters come from the manifest: a token costs 2 FLOPs for each one it meets, which are its active parameters without
+the input embedding (6 N in training, as published). The attention core, the only work without parameters that counts,
+costs 2 (d_qk + d_v) FLOPs for each head and attended position.
 
 Conventions. "causal": a token of a sequence of S attends to S / 2 positions (DeepSeek, NVIDIA); "full": to all S
 (torchtitan, torch's counter). Training is three forwards, one for each of output, input gradient and weight gradient;
-recomputation is counted apart, because model FLOPs leave it out. Norms, activations and the softmax move bytes and
-count no FLOPs. Looking up an embedding is free.
+recomputation is counted apart, because model FLOPs leave it out. Activations and the softmax move bytes and count no
+FLOPs. Looking up an embedding is free.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from benthic.config import ModelConfig
-from benthic.config.manifest import Parameter, parameters
 from benthic.errors import ConfigError
 from benthic.plan.devices import Precision, Work
 from benthic.plan.kv_cache import CacheFormat, cache_bytes_per_layer
-from benthic.plan.parameters import WeightFormat, active_size, is_prediction, row_bytes
+from benthic.plan.parameters import RepeatedParameter, WeightFormat, active_size, repeated_parameters, row_bytes
 
 Convention = Literal["causal", "full"]
 Recomputation = Literal["none", "up_projections", "attention", "layer"]
@@ -32,8 +32,8 @@ ACTIVATION_BYTES = 2
 class Operation:
     """One operation of a call. FLOPs and bytes are those of one execution; `count` executions happen (layers).
 
-    `work` chooses the device's rate; "memory" marks what only moves bytes. `weight_bytes` are read once a call,
-    `activation_bytes` are inputs and outputs (for attention over a cache: the cache).
+    `work` chooses the device's rate; "memory" marks what takes the time of its bytes alone. `weight_bytes` are read
+    once a call, `activation_bytes` are inputs and outputs (for attention over a cache: the cache).
     """
 
     name: str
@@ -107,13 +107,13 @@ def forward_operations(
 ) -> list[Operation]:
     """Every operation of one forward call. Prediction layers run on all tokens of the call when included."""
     found: dict[tuple, Operation] = {}
-    for row in parameters(config):
-        if row.part == "embedding" or (is_prediction(config, row) and not include_mtp):
+    for parameter in repeated_parameters(config):
+        if parameter.is_prediction and not include_mtp:
             continue
-        for operation in _of_parameter(config, call, row, weights):
-            key = (operation.name, operation.flops, operation.activation_bytes)
+        for one in _of_parameter(config, call, parameter, weights):
+            key = (one.name, one.flops, one.activation_bytes)
             seen = found.get(key)
-            found[key] = replace(seen, count=seen.count + 1) if seen else operation
+            found[key] = replace(seen, count=seen.count + one.count) if seen else one
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if include_mtp else 0)
     core = _attention_core(config, call, cache, layers)
     return [*found.values(), *core, *_feed_forward_traffic(config, call, layers), *_heads(config, call, include_mtp)]
@@ -200,31 +200,33 @@ def decode_flops_per_token(config: ModelConfig, context: int, include_mtp: bool 
     return total_flops(forward_operations(config, decode_step(1, context), include_mtp=include_mtp))
 
 
-def _of_parameter(config: ModelConfig, call: Call, row: Parameter, weights: WeightFormat) -> Iterable[Operation]:
-    """The operation of one manifest row: a matrix product, or a norm that only moves bytes. Biases ride along."""
-    name = row.name.removesuffix(".weight").removeprefix("model.")
-    if row.layer is not None:
-        name = name.removeprefix(f"layers.{row.layer}.")
-    part = "attention" if ".self_attn." in row.name and row.group != "gain" else row.part
+def _of_parameter(
+    config: ModelConfig, call: Call, parameter: RepeatedParameter, weights: WeightFormat
+) -> Iterable[Operation]:
+    """The operation of a manifest row: a matrix product, or a norm or bias, whose time is that of its bytes."""
+    row, name = parameter.row, parameter.name.removesuffix(".weight").removeprefix("model.")
+    vector_flops = 2.0 * call.tokens * row.size
     if row.group == "gain":
-        # A layer's norm is fused with the residual sum: read both, write both. Latent norms read and write one.
-        passes = 2 if ".self_attn." in row.name else 4
+        # A layer's norm is fused with the residual sum: read both, write both. Norms of latents read and write one.
+        passes = 2 if parameter.part == "attention" else 4
         moved = passes * call.tokens * row.size * ACTIVATION_BYTES
-        yield Operation(name, "norm", "memory", "bf16", 1, 0.0, 2.0 * row.size, moved)
-    elif len(row.shape) > 1:
-        routed = row.part == "routed"
-        used = expected_experts(config, call.tokens) / config.n_routed_experts if routed else 1.0
-        rows = call.tokens * (config.num_experts_per_tok if routed else 1)
-        precision: Precision = "fp8" if weights == "fp8" and row.fp8 else "bf16"
+        yield Operation(name, "norm", "memory", "bf16", parameter.count, vector_flops, 2.0 * row.size, moved)
+    elif len(row.shape) == 1:
+        size = float(row_bytes(config, row, weights))
+        yield Operation(name, parameter.part, "memory", "bf16", parameter.count, vector_flops, size, 0.0)
+    elif row.part != "embedding":
+        is_routed = row.part == "routed"
+        used = expected_experts(config, call.tokens) / config.n_routed_experts if is_routed else 1.0
+        inputs = call.tokens * (config.num_experts_per_tok if is_routed else 1)
         yield Operation(
             name=name,
-            part=part,
-            work="grouped" if routed else "matmul",
-            precision=precision,
-            count=1,
+            part=parameter.part,
+            work="grouped" if is_routed else "matmul",
+            precision="fp8" if weights == "fp8" and row.fp8 else "bf16",
+            count=parameter.count,
             flops=2.0 * call.tokens * active_size(config, row),
             weight_bytes=used * row_bytes(config, row, weights),
-            activation_bytes=rows * (row.shape[-1] + row.shape[-2]) * ACTIVATION_BYTES,
+            activation_bytes=inputs * (row.shape[-1] + row.shape[-2]) * ACTIVATION_BYTES,
         )
 
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from benthic.config import ModelConfig
-from benthic.config.manifest import parameters
 from benthic.errors import ConfigError
 from benthic.plan.devices import Device
 from benthic.plan.flops import Call, Operation, decode_step, forward_operations, require_positive, whole_sequences
 from benthic.plan.kv_cache import CacheFormat, bytes_per_token_of_rank, cache_bytes_per_token
-from benthic.plan.parameters import WeightFormat, is_prediction, row_bytes
+from benthic.plan.parameters import WeightFormat, repeated_parameters, row_bytes
 from benthic.plan.roofline import roofline, total_seconds
 
 AttentionLayout = Literal["tensor", "data"]
@@ -98,12 +97,12 @@ def weight_bytes_per_gpu(config: ModelConfig, serving: Serving) -> int:
     """Bytes of weights on each GPU."""
     check(config, serving)
     total = 0.0
-    for row in parameters(config):
-        if is_prediction(config, row) and not serving.include_mtp:
+    for one in repeated_parameters(config):
+        if one.is_prediction and not serving.include_mtp:
             continue
-        tensor_split = serving.attention == "tensor" and row.shard_axis is not None
-        divided = row.part == "routed" or tensor_split
-        total += row_bytes(config, row, serving.weights) / (serving.gpus if divided else 1)
+        tensor_split = serving.attention == "tensor" and one.row.shard_axis is not None
+        ways = serving.gpus if one.part == "routed" or tensor_split else 1
+        total += one.count * row_bytes(config, one.row, serving.weights) / ways
     return round(total)
 
 

@@ -8,6 +8,7 @@ folders ("685B") hold it, with copies of embedding and head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from benthic.config import ModelConfig
@@ -61,9 +62,32 @@ class ParameterCount:
         return self.total + self.mtp_stored
 
 
-def is_prediction(config: ModelConfig, row: Parameter) -> bool:
-    """Whether a parameter belongs to a prediction (MTP) layer."""
-    return row.layer is not None and row.layer >= config.num_hidden_layers
+@dataclass(frozen=True, slots=True)
+class RepeatedParameter:
+    """A parameter that `count` layers hold alike; `name` leaves the layer's number out."""
+
+    row: Parameter
+    name: str
+    count: int
+    is_prediction: bool
+
+    @property
+    def part(self) -> str:
+        """The part it is counted under: norms inside attention belong to attention."""
+        return "attention" if self.name.startswith("self_attn.") else self.row.part
+
+
+@lru_cache(maxsize=64)
+def repeated_parameters(config: ModelConfig) -> tuple[RepeatedParameter, ...]:
+    """The manifest with equal layers folded into one row each."""
+    found: dict[tuple, RepeatedParameter] = {}
+    for row in parameters(config):
+        name = row.name if row.layer is None else row.name.removeprefix(f"model.layers.{row.layer}.")
+        is_prediction = row.layer is not None and row.layer >= config.num_hidden_layers
+        key = (name, row.shape, is_prediction)
+        seen = found.get(key)
+        found[key] = RepeatedParameter(row, name, seen.count + 1 if seen else 1, is_prediction)
+    return tuple(found.values())
 
 
 def active_size(config: ModelConfig, row: Parameter) -> int:
@@ -74,14 +98,15 @@ def active_size(config: ModelConfig, row: Parameter) -> int:
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Count a model by part."""
     counts = dict.fromkeys((*PARTS, "routed_active", "mtp_unique", "mtp_active"), 0)
-    for row in parameters(config):
-        if is_prediction(config, row):
-            counts["mtp_unique"] += row.size
-            counts["mtp_active"] += active_size(config, row)
+    for one in repeated_parameters(config):
+        size, active = one.count * one.row.size, one.count * active_size(config, one.row)
+        if one.is_prediction:
+            counts["mtp_unique"] += size
+            counts["mtp_active"] += active
             continue
-        counts["attention" if ".self_attn." in row.name else row.part] += row.size
-        if row.part == "routed":
-            counts["routed_active"] += active_size(config, row)
+        counts[one.part] += size
+        if one.part == "routed":
+            counts["routed_active"] += active
     copies = 2 * config.vocab_size * config.hidden_size * config.num_nextn_predict_layers
     return ParameterCount(**counts, mtp_stored=counts["mtp_unique"] + copies)
 
@@ -106,8 +131,8 @@ def row_bytes(config: ModelConfig, row: Parameter, weights: WeightFormat) -> int
 
 def weight_bytes(config: ModelConfig, weights: WeightFormat, include_mtp: bool = False) -> int:
     """Bytes of the weights as a process holds them: embedding and head once, prediction layers if asked for."""
-    rows = (row for row in parameters(config) if include_mtp or not is_prediction(config, row))
-    return sum(row_bytes(config, row, weights) for row in rows)
+    rows = (one for one in repeated_parameters(config) if include_mtp or not one.is_prediction)
+    return sum(one.count * row_bytes(config, one.row, weights) for one in rows)
 
 
 def stored_bytes(config: ModelConfig, weights: WeightFormat) -> int:
