@@ -35,7 +35,7 @@ Role = Literal["input", "norm", "expanded", "gated", "attention", "other"]
 """Why a tensor may be dropped: "input" of the layer (never), "norm" output, "expanded" from latents, "gated" product
 of SwiGLU, other parts of "attention", or anything "other"."""
 
-_DROPPED: dict[str, tuple[str, ...]] = {
+DROPPED_ROLES: dict[str, tuple[str, ...]] = {
     "none": (),
     "up_projections": ("norm", "expanded", "gated"),
     "attention": ("attention", "expanded"),
@@ -67,7 +67,7 @@ def layer_activations(
     (DeepSeek-V3 report, 3.2.3); "attention" the attention block; "layer" all but the layer's input.
     """
     everything = [*_attention(config, precision), *_feed_forward(config, layer, precision, rows)]
-    return [one for one in everything if one.role not in _DROPPED[recomputation]]
+    return [one for one in everything if one.role not in DROPPED_ROLES[recomputation]]
 
 
 def prediction_activations(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from benthic.config.manifest import Parameter, parameters
 from benthic.config.model import ModelConfig
@@ -97,20 +98,32 @@ def pipeline_rank(config: ModelConfig, layout: ParallelConfig, stages: Sequence[
     layers = tuple(layer for stage in stages_of_rank(layout, rank) for layer in stages[stage])
     end = config.num_hidden_layers + config.num_nextn_predict_layers - 1
     first, last = 0 in layers, end in layers
-    rows: dict[str, list[Parameter]] = {name: [] for layer in layers for name in block_names(layer)}
-    rows |= {"embedding": [], "head": []}
+    rows = _rows_of_blocks(config)
     embeds = first or (last and bool(config.num_nextn_predict_layers or config.tie_word_embeddings))
+    names = ["embedding"] * embeds + ["head"] * last + [name for layer in layers for name in block_names(layer)]
+    blocks = {"embedding": Holding(), "head": Holding()}
+    return Rank(layers, blocks | {name: hold(rows[name], layout) for name in names}, first, last)
+
+
+def layer_holding(config: ModelConfig, layout: ParallelConfig, layer: int) -> Holding:
+    """What one rank holds of a layer."""
+    rows = _rows_of_blocks(config)
+    return sum((hold(rows[name], layout) for name in block_names(layer)), Holding())
+
+
+@lru_cache(maxsize=8)
+def _rows_of_blocks(config: ModelConfig) -> dict[str, list[Parameter]]:
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    rows: dict[str, list[Parameter]] = {name: [] for layer in range(layers) for name in block_names(layer)}
+    rows |= {"embedding": [], "head": []}
     for row in parameters(config):
-        if row.part == "embedding":
-            rows["embedding"] += [row] * embeds
-        elif row.layer is None:
-            rows["head"] += [row] * last
-        elif row.layer in layers:
-            rows[_block(row)].append(row)
-    return Rank(layers, {name: hold(found, layout) for name, found in rows.items()}, first, last)
+        rows[_block(row)].append(row)
+    return rows
 
 
 def _block(row: Parameter) -> str:
+    if row.layer is None:
+        return "embedding" if row.part == "embedding" else "head"
     attention, experts, feed_forward = block_names(row.layer)
     if row.part == "routed":
         return experts
