@@ -1,8 +1,8 @@
 """ChatTemplate: a conversation becomes the text a model was trained on, by the model's own jinja template.
 
 A template comes with a downloaded model, so it is somebody else's program: it runs in `sandbox.py` and sees plain JSON
-values only. Messages are somebody else's text: `render(control=...)` puts MARK around each spelling of a control token in
-them, so that `Tokenizer.encode_chat` knows what the template wrote from what a user typed.
+values only. Messages are somebody else's text: `render(control=...)` puts MARK around each spelling of a control token
+in them, so that `Tokenizer.encode_chat` knows what the template wrote from what a user typed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class ChatTemplate:
     ) -> str:
         """The text of `messages`.
 
-        `tokens` are the spellings a template may name (bos_token, eos_token ...), `variables` what a caller adds (tools,
-        add_generation_prompt, thinking ...), `control` the spellings to mark where messages or variables hold them.
+        `tokens` are the spellings a template may name (bos_token, eos_token ...), `variables` what a caller adds
+        (tools, add_generation_prompt, thinking ...), `control` the spellings to mark where messages or variables hold them.
         RequestError: the messages are not what the template takes. TextError: the template itself fails.
         """
         if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -102,7 +102,7 @@ def _bounded(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's text for trainers; when rendering it is transparent."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -114,7 +114,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["*", "**"])
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _step()
         return super().call(__context, __obj, *args, **kwargs)
 

@@ -1,8 +1,8 @@
 """Tokenizer: text to ids and back, byte-level BPE run by `tokenizers`.
 
-Reads the folder layout every DeepSeek release uses (tokenizer.json, tokenizer_config.json, chat_template.jinja) and writes
-it so that transformers' AutoTokenizer loads it. Text is never trusted: `encode` gives the ids of control tokens (bos, user
-markers, think tags ...) only where it is asked to; what a user types stays plain text, whatever it spells.
+Reads the folder layout every DeepSeek release uses (tokenizer.json, tokenizer_config.json, chat_template.jinja) and
+writes it so that transformers' AutoTokenizer loads it. Text is never trusted: `encode` gives the ids of control tokens
+(bos, user markers, think tags ...) only where it is asked to; what a user types stays plain text, whatever it spells.
 Training lives in `training.py`, streaming in `detokenizer.py`, templates in `chat_template.py`.
 """
 
@@ -151,13 +151,11 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], name: str = "default", **variables: Any) -> str:
         """The text of a conversation; `variables` are the template's (add_generation_prompt, tools, thinking ...)."""
-        return self.chat_template(name).render(messages, **(self._token_names | variables))
+        return self.chat_template(name).render(messages, self._token_names, **variables)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], name: str = "default", **variables: Any) -> list[int]:
         """Ids of a conversation. Control tokens come from the template alone: what messages spell stays text."""
-        rendered = self.chat_template(name).render(
-            messages, control=self._control_pattern, **(self._token_names | variables)
-        )
+        rendered = self.chat_template(name).render(messages, self._token_names, self._control_pattern, **variables)
         if MARK not in rendered:
             return self._run(self._markup, [rendered])[0]
         # Somebody wrote a control token's spelling into a message: the marks around it say that it is text.
