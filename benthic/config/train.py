@@ -103,7 +103,6 @@ class OptimizerConfig(Settings):
 class BatchConfig(Settings):
     """How many sequences make an update, and how many go through the model at once."""
 
-    sequence_length: Positive = 4096
     sequences: Scheduled = Schedule(peak=1)
     """Sequences an update; a changing number is rounded down to whole micro-batches."""
     micro_sequences: Positive = 1
@@ -214,15 +213,19 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        model, length = self.model, self.batch.sequence_length
+        model, length = self.model, self.data.sequence_length
         if length > model.max_position_embeddings:
             raise ValueError(
-                f"batch.sequence_length is {length}, but model.max_position_embeddings is "
+                f"data.sequence_length is {length}, but model.max_position_embeddings is "
                 f"{model.max_position_embeddings}"
             )
         if length <= model.num_nextn_predict_layers:
             raise ValueError(
-                f"batch.sequence_length is {length}; {model.num_nextn_predict_layers} prediction layers need more"
+                f"data.sequence_length is {length}; {model.num_nextn_predict_layers} prediction layers need more"
+            )
+        if self.data.tokenizer is None and self.data.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"data.vocab_size is {self.data.vocab_size}, but model.vocab_size is only {model.vocab_size}"
             )
         if self.checkpoint.export_average and self.optimizer.ema_decay is None:
             raise ValueError("checkpoint.export_average needs optimizer.ema_decay")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from benthic.data.loader import Batch
+from benthic.data import Batch, validation_batches
+from benthic.data.tokens import TokenFile
 from benthic.model.language_model import LanguageModel
 from benthic.train.balance import count_loads, max_violation
 from benthic.train.loss import IGNORED, forward, labels
@@ -48,6 +49,16 @@ class Validation:
     def max_violation(self) -> float | None:
         """MaxVio over the whole set, a mean over layers (MaxVio_global); None without experts."""
         return float(max_violation(torch.stack(list(self.loads.values()))).mean()) if self.loads else None
+
+
+def held_out(source: TokenFile, sequence_length: int, size: int, max_tokens: int | None) -> Iterator[Batch]:
+    """Held-out text from its start, in batches of `size` windows, until `max_tokens` labels have been given."""
+    given = 0
+    for batch in validation_batches(source, sequence_length, size):
+        if max_tokens is not None and given >= max_tokens:
+            return
+        given += batch.tokens[:, 1:].numel()
+        yield batch
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benthic.config.train import BalanceConfig
-from benthic.data.loader import Batch
+from benthic.data import Batch
 from benthic.model.language_model import LanguageModel, States
 from benthic.ops import linear_cross_entropy
 from benthic.train.balance import auxiliary_loss, count_loads

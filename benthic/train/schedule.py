@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from benthic.config.train import Phase, Schedule
+from benthic.config.train import Phase, Schedule, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +46,12 @@ def _within(phase: Phase, before: float, begin: float, here: float) -> float:
 def sequences_at(schedule: Schedule, micro_sequences: int, place: Place) -> int:
     """Sequences of the update at `place`: whole micro-batches, at least one (batch-size ramp)."""
     return max(1, int(value(schedule, place)) // micro_sequences) * micro_sequences
+
+
+def planned_tokens(config: TrainConfig) -> int:
+    """Tokens that all updates of a run read together."""
+    tokens = 0
+    for step in range(1, config.steps + 1):
+        place = Place(step, tokens, config.steps)
+        tokens += sequences_at(config.batch.sequences, config.batch.micro_sequences, place) * config.data.sequence_length
+    return tokens

@@ -34,12 +34,14 @@ _PREFIX = "step-"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The numbers of a run's state. `corpus` is the fingerprint of what it reads."""
+    """The numbers of a run's state. `best` and `validation` are the best and the last validation; `corpus` is the
+    fingerprint of what the run reads."""
 
     step: int = 0
     tokens: int = 0
     loader: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
     corpus: str = ""
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benthic.config.train import TrainConfig
-from benthic.data.loader import Batch
+from benthic.data import Batch
 from benthic.errors import NumericsError
 from benthic.files import write_atomic
 from benthic.model.language_model import LanguageModel
