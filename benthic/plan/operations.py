@@ -24,6 +24,7 @@ from benthic.plan.parameters import RepeatedParameter, WeightFormat, active_size
 
 Convention = Literal["causal", "full"]
 Recomputation = Literal["none", "up_projections", "attention", "layer"]
+RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "up_projections", "attention", "layer")
 ACTIVATION_BYTES = 2
 """Activations travel in bf16."""
 

@@ -36,13 +36,16 @@ from benthic.plan.operations import decode_step, expected_experts, whole_sequenc
 from benthic.plan.parameters import count_parameters, stored_bytes, stored_format, weight_bytes
 from benthic.plan.request import PlanRequest, resolve_serving
 from benthic.plan.roofline import TimedOperation, roofline
+from benthic.plan.training_plan import describe, describe_cost, plan_training
+from benthic.plan.training_plan import explain as explain_training
 
 SHOWN_BATCHES = (1, 8, 32, 128, 512)
 
 
 def make_plan(config: ModelConfig, request: PlanRequest, name: str = "model") -> dict[str, Any]:
-    """The plan as plain data: model, parameters, kv_cache, flops, memory, serving, assumptions."""
+    """The plan as plain data: model, parameters, kv_cache, flops, memory, serving, training, cost, assumptions."""
     serving, choices = resolve_serving(config, request)
+    training = plan_training(config, request)
     return {
         "model": name,
         "architecture": _architecture(config),
@@ -54,9 +57,13 @@ def make_plan(config: ModelConfig, request: PlanRequest, name: str = "model") ->
             "stored_bytes": stored_bytes(config, stored_format(config)),
             "weights_format": serving.weights,
             "stored_format": stored_format(config),
+            "training_bytes_per_gpu": round(training.memory.total),
+            "by_part": {part: round(size) for part, size in training.memory.by_part.items()},
         },
         "serving": _serving(config, request, serving),
-        "assumptions": choices + _assumptions(serving),
+        "training": describe(training),
+        "cost": describe_cost(training, request.tokens),
+        "assumptions": [*choices, *training.choices, *_assumptions(serving), *training.memory.assumptions],
     }
 
 
@@ -189,15 +196,17 @@ def _assumptions(serving: Serving) -> list[str]:
     return found
 
 
-def explain_plan(config: ModelConfig, request: PlanRequest) -> dict[str, list[dict[str, Any]]]:
-    """How a plan's figures come about: `lines` as formula, numbers and value, and the roofline of each operation on
+def explain_plan(config: ModelConfig, request: PlanRequest) -> dict[str, Any]:
+    """How a plan's figures come about: `lines` as formula, numbers and value, the addends of `training`'s memory and
+    step, and the roofline of each operation on
     the busiest GPU in one `decode` step and in one `prefill`."""
     serving, _ = resolve_serving(config, request)
     batch, context = request.batch or 1, request.context
     lines = explain_model(config, request.sequence_length, context, request.cache)
     lines += explain_serving(config, serving, batch, context)
+    addends = explain_training(plan_training(config, request))
     calls = {"decode": decode_step(batch, context), "prefill": whole_sequences(batch, context)}
-    return {"lines": [asdict(line) for line in lines]} | {
+    return {"lines": [asdict(line) for line in lines], "training": addends} | {
         name: [_timed(one) for one in roofline(gpu_operations(config, serving, call), serving.device)]
         for name, call in calls.items()
     }

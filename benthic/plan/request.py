@@ -9,10 +9,13 @@ from pydantic import Field
 
 from benthic.config import ModelConfig, Settings
 from benthic.config.model import Positive
+from benthic.errors import ConfigError
 from benthic.plan.devices import find_device
 from benthic.plan.inference import AttentionLayout, Serving, check, fewest_gpus
 from benthic.plan.kv_cache import CacheFormat
+from benthic.plan.operations import Recomputation
 from benthic.plan.parameters import WeightFormat, stored_format
+from benthic.plan.training import TrainingPrecision
 
 
 class PlanRequest(Settings):
@@ -20,6 +23,8 @@ class PlanRequest(Settings):
 
     device: str = "h100"
     gpus: Positive | None = None
+    """All there are: training uses every one of them, serving as few as hold the model."""
+    serving_gpus: Positive | None = None
     attention: AttentionLayout | None = None
     context: Positive = 4096
     batch: Positive | None = None
@@ -28,6 +33,15 @@ class PlanRequest(Settings):
     cache: CacheFormat = "bf16"
     acceptance: Annotated[float, Field(ge=0, le=1)] = 0.85
     """Share of drafts accepted; 0.85 to 0.90 published for V3 (technical report, section 5.4.3)."""
+    layout: str | None = None
+    """Of training, as in ParallelConfig.parse."""
+    sequences: Positive | None = None
+    """In one training step, all GPUs together."""
+    micro_batch: Positive = 1
+    precision: TrainingPrecision | None = None
+    recomputation: Recomputation | None = None
+    tokens: Annotated[float, Field(gt=0)] = 1e12
+    dollars_per_hour: Annotated[float, Field(ge=0)] | None = None
 
 
 def resolve_serving(config: ModelConfig, request: PlanRequest) -> tuple[Serving, list[str]]:
@@ -47,13 +61,33 @@ def resolve_serving(config: ModelConfig, request: PlanRequest) -> tuple[Serving,
         attention = "data" if config.kv_lora_rank and config.n_routed_experts else "tensor"
         why = "the latent cannot be divided by heads" if attention == "data" else "heads divide weights and cache"
         choices.append(f"attention spread by {attention} parallelism: {why}")
-    serving = Serving(device, request.gpus or 1, attention, weights, request.cache)
-    if request.gpus is None:
-        fewest = fewest_gpus(config, serving, request.batch or 1, request.context)
-        serving = replace(serving, gpus=fewest or 1)
-        found = f"{serving.gpus} GPUs: the smallest power of two that holds weights and cache"
-        choices.append(found if fewest else "1 GPU: no power of two up to 1,024 holds weights and cache")
+    serving = Serving(device, request.serving_gpus or 1, attention, weights, request.cache)
+    if request.serving_gpus is None:
+        gpus, why = _serving_gpus(config, request, serving)
+        serving = replace(serving, gpus=gpus)
+        choices.append(why)
     check(config, serving)
     if request.context > config.max_position_embeddings:
         choices.append(f"{request.context:,} positions are more than the model's {config.max_position_embeddings:,}")
     return serving, choices
+
+
+def _serving_gpus(config: ModelConfig, request: PlanRequest, serving: Serving) -> tuple[int, str]:
+    fewest = fewest_gpus(config, serving, request.batch or 1, request.context)
+    limit = request.gpus or fewest or 1
+    if fewest and fewest <= limit:
+        return fewest, f"served by {fewest} GPUs: the smallest power of two that holds weights and cache"
+    powers = (2**power for power in range(limit.bit_length()))
+    most = max(gpus for gpus in powers if _divides(config, serving, gpus))
+    return (
+        most,
+        f"served by {most} GPUs, the largest power of two up to {limit} that divides the model; it does not fit",
+    )
+
+
+def _divides(config: ModelConfig, serving: Serving, gpus: int) -> bool:
+    try:
+        check(config, replace(serving, gpus=gpus))
+    except ConfigError:
+        return False
+    return True
