@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="put these beside MODEL")
     parser.add_argument("--explain", action="store_true", help="each figure as formula = numbers = value")
     parser.add_argument("--json", action="store_true", help="machine-readable, keys fixed")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of cache and memory (png, svg or pdf)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of cache, memory and cost (png, svg or pdf)")
     plan = parser.add_argument_group("what is planned")
     plan.add_argument("--device", metavar="NAME", help=f"{', '.join(sorted(DEVICES))} (default h100)")
     plan.add_argument("--gpus", type=int, help="all there are (default: the fewest that do)")

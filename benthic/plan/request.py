@@ -79,10 +79,7 @@ def _serving_gpus(config: ModelConfig, request: PlanRequest, serving: Serving) -
         return fewest, f"served by {fewest} GPUs: the smallest power of two that holds weights and cache"
     powers = (2**power for power in range(limit.bit_length()))
     most = max(gpus for gpus in powers if _divides(config, serving, gpus))
-    return (
-        most,
-        f"served by {most} GPUs, the largest power of two up to {limit} that divides the model; it does not fit",
-    )
+    return most, f"served by {most} GPUs, which do not hold it: no power of two up to {limit} does"
 
 
 def _divides(config: ModelConfig, serving: Serving, gpus: int) -> bool:

@@ -24,6 +24,8 @@ MICRO_BATCHES_A_STAGE = 8
 """Micro-batches for each pipeline rank where no batch is asked for: a bubble of a tenth or so."""
 
 
+STEP_TOKENS = 2**22
+"""Tokens of a step, about, where no batch is asked for."""
 LARGEST_WORLD = 8192
 """GPUs beyond which no layout is searched where none are asked for."""
 LEAST_STATE_BYTES = 9
@@ -114,7 +116,9 @@ def _training(
     if request.sequences:
         count = layout.check_batch(request.sequences, request.micro_batch, request.sequence_length)
     else:
-        count = MICRO_BATCHES_A_STAGE * layout.pipeline if layout.pipeline > 1 else 1
+        share = layout.data * request.micro_batch * request.sequence_length
+        fewest = MICRO_BATCHES_A_STAGE * layout.pipeline if layout.pipeline > 1 else 1
+        count = fewest * max(1, round(STEP_TOKENS / (share * fewest)))
     return Training(
         sequence_length=request.sequence_length,
         micro_batch=request.micro_batch,
@@ -133,10 +137,8 @@ def _said(training: Training, request: PlanRequest) -> str:
 def _precision(config: ModelConfig, request: PlanRequest, device: Device) -> tuple[TrainingPrecision, str]:
     if request.precision:
         if request.precision not in device.peak:
-            raise ConfigError(
-                f"precision is {request.precision}, which {device.name} lacks",
-                hint="allowed: " + ", ".join(device.peak),
-            )
+            allowed = "allowed: " + ", ".join(device.peak)
+            raise ConfigError(f"precision is {request.precision!r}, which {device.name} lacks", hint=allowed)
         return request.precision, f"training in {request.precision}, as asked"
     if stored_format(config) == "fp8" and "fp8" in device.peak:
         return "fp8", "training in fp8, as the published weights suggest"
@@ -174,6 +176,7 @@ def describe_cost(plan: TrainingPlan, tokens: float) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "gpu_hours": cost.gpu_hours,
+        "gpu_hours_by_part": cost.by_part,
         "dollars": cost.dollars,
         "days": cost.days,
         "dollars_per_hour": cost.dollars_per_hour,
