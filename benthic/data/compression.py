@@ -1,8 +1,8 @@
 """What general compressors make of the held-out text, in bits per byte: the yardstick beside a model's loss.
 
-`alone` compressors see the held-out text and nothing else. A model has read the training text first; the fair companion
-is `xz_after_training_text`: how many bytes longer xz's archive of training text + held-out text is than that of the
-training text, with a dictionary that spans both.
+The `alone` numbers come from the held-out text and nothing else. A model has read the training text first; the fair
+companion is `xz_after_training_text`: how many bytes longer xz's archive of training text + held-out text is than that
+of the training text, with a dictionary that spans both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from benthic.errors import DataError
 
-TRAINING_LIMIT = 16 << 20
+TRAINING_LIMIT = 8 << 20
 """xz reads this much of the training text at most (its end), to stay within seconds."""
 
 
@@ -48,5 +48,5 @@ def compress(held_out: bytes, training: bytes | None = None) -> Compression:
 
 
 def _xz(content: bytes) -> int:
-    """Bytes of the strongest xz preset, whose 64 MiB dictionary spans everything given here."""
+    """Bytes of xz's strongest preset, whose 64 MiB dictionary spans all that is given to it here."""
     return len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))

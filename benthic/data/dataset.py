@@ -1,10 +1,10 @@
 """Dataset: a folder of prepared tokens, opened.
 
-    manifest.json     what was prepared from what: source, tokenizer, counts, hashes
-    documents.jsonl   one line a document: name, split, bytes, sha256
-    tokenizer/        the tokenizer the ids belong to
-    train.bin .idx    the splits (tokens.py)
-    validation.bin .idx
+manifest.json     what was prepared from what: source, tokenizer, counts, hashes
+documents.jsonl   one line a document: name, split, bytes, sha256
+tokenizer/        the tokenizer the ids belong to
+train.bin .idx    the splits (tokens.py)
+validation.bin .idx
 """
 
 from __future__ import annotations

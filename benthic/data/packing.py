@@ -4,8 +4,8 @@
     window 0    t0 t1 t2 t3                       inputs t0..t2, labels t1..t3
     window 1             t3 t4 t5 t6              overlaps by one, so that no token is a label twice
 
-For training the stream is a ring that each epoch enters at another place (`rotation`): windows are cut elsewhere, and the
-few tokens that do not fill a window are others every time.
+For training the stream is a ring that each epoch enters at another place: windows are cut elsewhere, and the few tokens
+that do not fill a window are others every time.
 """
 
 from __future__ import annotations

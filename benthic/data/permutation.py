@@ -1,7 +1,7 @@
 """A shuffled order that needs no memory: the place of sample i is computed, not stored.
 
-A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside (format-preserving
-encryption, Black and Rogaway 2002). At most four candidates are tried a sample on average.
+A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside (Black and
+Rogaway 2002, ciphers with arbitrary finite domains). At most four candidates are tried a sample on average.
 """
 
 from __future__ import annotations

@@ -71,9 +71,7 @@ def _code(draws: Draws) -> str:
     name, number, argument = _word(draws), draws.between(1, 9), draws.between(0, 20)
     sign, verb = draws.choice([("+", "add"), ("-", "take"), ("*", "times")])
     result = {"+": argument + number, "-": argument - number, "*": argument * number}[sign]
-    return (
-        f"def {verb}_{name}(x):\n    return x {sign} {number}\n\n\nassert {verb}_{name}({argument}) == {result}\n\n"
-    )
+    return f"def {verb}_{name}(x):\n    return x {sign} {number}\n\n\nassert {verb}_{name}({argument}) == {result}\n\n"
 
 
 TASKS: dict[str, Callable[[Draws], str]] = {

@@ -62,7 +62,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def standard_library(root: Path | None = None) -> Source:
-    """The source text of this Python's standard library, read in place; licence PSF-2.0, nothing is copied elsewhere."""
+    """The source text of this Python's standard library, read in place; licence PSF-2.0, nothing is copied."""
     root = root or Path(sysconfig.get_path("stdlib"))
     files = _files(root, (".py",), STDLIB_LEFT_OUT) if root.is_dir() else []
     size = sum(path.stat().st_size for path in files)
@@ -98,7 +98,8 @@ def _folder(config: DataConfig) -> Source:
     files = _files(root, config.suffixes)
     if not files:
         raise DataError(
-            f"no file ending in {', '.join(config.suffixes)} in {root}", hint="set data.suffixes to the endings you have"
+            f"no file ending in {', '.join(config.suffixes)} in {root}",
+            hint="set data.suffixes to the endings you have",
         )
 
     def read() -> Iterator[Document]:
@@ -180,7 +181,7 @@ def _existing(config: DataConfig) -> Path:
 
 
 def _files(root: Path, suffixes: tuple[str, ...], left_out: frozenset[str] = frozenset()) -> list[Path]:
-    """Files below `root` with one of `suffixes`, hidden ones left out, sorted by name; `root` itself if it is a file."""
+    """Files below `root` with one of `suffixes`, sorted by name, without hidden ones; `root` itself if it is a file."""
     if root.is_file():
         return [root]
     found: list[Path] = []

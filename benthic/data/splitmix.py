@@ -1,6 +1,7 @@
 """SplitMix64 (Steele, Lea and Flood 2014): small, and the same on every machine and in every version of everything.
 
-`random` and numpy promise the streams of few of their methods; a corpus and an order of samples must not move under a run.
+`random` and numpy promise the streams of few of their methods; a corpus and an order of samples must not move under a
+run.
 """
 
 from __future__ import annotations
