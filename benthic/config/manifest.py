@@ -165,9 +165,8 @@ def _experts(config: ModelConfig, layer: int) -> Iterator[Parameter]:
             dtype="float32",
             layer=layer,
         )
-    stacked = {"part": "routed", "shard_axis": 0, "fp8": True, "layer": layer}
-    yield Parameter(prefix + "experts.gate_up_proj", (experts, 2 * inner, width), **stacked)
-    yield Parameter(prefix + "experts.down_proj", (experts, width, inner), **stacked)
+    for name, shape in (("gate_up_proj", (experts, 2 * inner, width)), ("down_proj", (experts, width, inner))):
+        yield Parameter(prefix + "experts." + name, shape, "routed", shard_axis=0, fp8=True, layer=layer)
     if config.n_shared_experts:
         yield from _swiglu(prefix + "shared_experts.", width, inner * config.n_shared_experts, "shared", layer)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,14 @@ LATENT_NORM_EPS = 1e-6
 
 Positive = Annotated[int, Field(gt=0)]
 TokenIds = int | tuple[int, ...] | None
+
+# A size that is None where the model has no such part. The validator below guarantees that latent sizes come together
+# and expert sizes come together, so code behind `kv_lora_rank` or `is_expert_layer` reads them as integers; a type
+# checker cannot follow that, and sees Any.
+if TYPE_CHECKING:
+    SizeOrNone = Any
+else:
+    SizeOrNone = Positive | None
 
 
 class RopeParameters(Settings):
@@ -102,23 +110,23 @@ class ModelConfig(Settings):
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters = RopeParameters()
 
-    kv_lora_rank: Positive | None = None
-    q_lora_rank: Positive | None = None
-    qk_nope_head_dim: Positive | None = None
-    qk_rope_head_dim: Positive | None = None
-    v_head_dim: Positive | None = None
+    kv_lora_rank: SizeOrNone = None
+    q_lora_rank: SizeOrNone = None
+    qk_nope_head_dim: SizeOrNone = None
+    qk_rope_head_dim: SizeOrNone = None
+    v_head_dim: SizeOrNone = None
     rope_interleave: bool = True
 
-    head_dim: Positive | None = None
+    head_dim: SizeOrNone = None
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
     norm_placement: NormPlacement = "before"
 
-    n_routed_experts: Positive | None = None
+    n_routed_experts: SizeOrNone = None
     n_shared_experts: int = Field(0, ge=0)
     num_experts_per_tok: Positive = 1
-    moe_intermediate_size: Positive | None = None
+    moe_intermediate_size: SizeOrNone = None
     first_k_dense_replace: int = Field(0, ge=0)
     moe_layer_freq: Positive = 1
     n_group: Positive = 1
@@ -204,7 +212,7 @@ class ModelConfig(Settings):
         return bool(self.n_routed_experts) and self.topk_method == "noaux_tc"
 
     def is_expert_layer(self, layer: int) -> bool:
-        """Whether layer `layer` routes to experts. Prediction layers (index >= num_hidden_layers) do if any layer can."""
+        """Whether a layer routes to experts. Prediction layers (index >= num_hidden_layers) do if any layer can."""
         if not self.n_routed_experts:
             return False
         if layer >= self.num_hidden_layers:

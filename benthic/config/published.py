@@ -257,7 +257,8 @@ def _published_rope(config: ModelConfig) -> dict[str, Any]:
         "default": (),
         "linear": ("factor",),
         "yarn": (
-            "factor original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim attention_factor truncate"
+            "factor original_max_position_embeddings beta_fast beta_slow "
+            "mscale mscale_all_dim attention_factor truncate"
         ).split(),
         "llama3": "factor original_max_position_embeddings low_freq_factor high_freq_factor".split(),
     }[rope.rope_type]

@@ -1,0 +1,5 @@
+"""`python -m benthic` is `benthic`."""
+
+from benthic.cli.main import run
+
+run()

@@ -1,0 +1,140 @@
+"""Published config.json files in both spellings, there and back, and against transformers."""
+
+import json
+
+import pytest
+
+from benthic.config import ModelConfig
+from benthic.config.published import (
+    PRESETS,
+    config_from_published,
+    config_to_published,
+    preset_names,
+    published_model_type,
+)
+from benthic.errors import ConfigError
+
+
+def published(name):
+    return json.loads((PRESETS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_what_is_written_reads_back_equal(name):
+    config = ModelConfig.from_pretrained(name)
+    assert config_from_published(json.loads(json.dumps(config_to_published(config)))) == config
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if "moe-16b" not in name])
+def test_transformers_reads_what_is_written(name):
+    from transformers import CONFIG_MAPPING
+
+    config = ModelConfig.from_pretrained(name)
+    data = config_to_published(config)
+    theirs = CONFIG_MAPPING[data["model_type"]].from_dict(data)
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps", "num_attention_heads"):
+        assert getattr(theirs, key) == getattr(config, key)
+    assert theirs.rope_parameters["rope_theta"] == config.rope_parameters.rope_theta
+    assert theirs.rope_parameters["rope_type"] == config.rope_parameters.rope_type
+    if config.kv_lora_rank:
+        assert theirs.q_lora_rank == config.q_lora_rank
+        assert theirs.kv_lora_rank == config.kv_lora_rank
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2-lite", "olmo2-7b", "llama-3.1-405b", "qwen2.5-72b"])
+def test_the_spelling_transformers_five_writes_reads_the_same(name, tmp_path):
+    from transformers import CONFIG_MAPPING
+
+    old = published(name)
+    theirs = CONFIG_MAPPING[old["model_type"]].from_dict(dict(old))
+    theirs.save_pretrained(tmp_path)
+    ours = ModelConfig.from_pretrained(tmp_path)
+    # transformers drops what its own code ignores, quantisation among it when no quantiser is loaded.
+    same = {"quantization_config": None, "aux_loss_alpha": None, "seq_aux": None}
+    expected = ModelConfig.from_pretrained(name)
+    assert ours.replace(**same) == expected.replace(**same)
+
+
+def test_the_newer_name_of_the_prediction_layers_is_read():
+    data = published("deepseek-v3")
+    data["num_mtp_layers"] = data.pop("num_nextn_predict_layers")
+    assert config_from_published(data).num_nextn_predict_layers == 1
+
+
+def test_a_file_without_router_keys_gets_its_family_s_router():
+    data = published("deepseek-v3")
+    for key in ("scoring_func", "topk_method", "norm_topk_prob"):
+        del data[key]
+    assert config_from_published(data) == ModelConfig.from_pretrained("deepseek-v3")
+    lite = published("deepseek-v2-lite")
+    del lite["topk_method"], lite["scoring_func"]
+    assert config_from_published(lite) == ModelConfig.from_pretrained("deepseek-v2-lite")
+
+
+def test_zero_query_compression_means_none():
+    data = published("deepseek-v2-lite") | {"q_lora_rank": 0}
+    assert config_from_published(data).q_lora_rank is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba', which benthic does not hold"),
+        ({"model_type": None}, "model_type is None"),
+        ({"hidden_size": None}, "missing: hidden_size"),
+        ({"kv_lora_rank": None, "vocab_size": None}, "missing: vocab_size, kv_lora_rank"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; benthic holds models with hidden_act 'silu' only"),
+        ({"index_topk": 2048}, "unknown key 'index_topk'"),
+        ({"num_hiden_layers": 3}, "did you mean 'num_hidden_layers'"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; it must be an object or null"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: Input should be greater than 0"),
+    ],
+)
+def test_a_config_that_benthic_cannot_hold_is_refused_by_field(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        config_from_published(published("deepseek-v3") | changes, "somewhere/config.json")
+    assert message in str(caught.value)
+    assert "somewhere/config.json" in str(caught.value)
+
+
+def test_unknown_names_and_broken_files_are_clear_errors(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'deepseek-v3'"):
+        ModelConfig.from_pretrained("deepsek-v3")
+    with pytest.raises(ConfigError, match=r"no config\.json in"):
+        ModelConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        ModelConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="holds a list, not a JSON object"):
+        ModelConfig.from_pretrained(tmp_path / "config.json")
+
+
+def test_a_hub_name_finds_its_preset():
+    assert ModelConfig.from_pretrained("deepseek-ai/DeepSeek-V3") == ModelConfig.from_pretrained("deepseek-v3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "deepseek_v3"),
+        ({"scoring_func": "softmax"}, "benthic"),
+        ({"n_shared_experts": 0}, "benthic"),
+        ({"moe_layer_freq": 2}, "benthic"),
+        (
+            {
+                "scoring_func": "softmax",
+                "topk_method": "group_limited_greedy",
+                "norm_topk_prob": False,
+                "num_nextn_predict_layers": 0,
+            },
+            "deepseek_v2",
+        ),
+    ],
+)
+def test_a_model_is_written_as_a_published_architecture_only_when_it_computes_the_same(changes, expected):
+    config = ModelConfig.from_pretrained("deepseek-v3").replace(**changes)
+    assert published_model_type(config) == expected
+    assert config_from_published(config_to_published(config)) == config
