@@ -17,7 +17,7 @@ class DataConfig(Settings):
     """Everything that decides the tokens a run sees, and their order."""
 
     source: SourceKind = "stdlib"
-    """stdlib: this Python's standard library, read in place. procedural: text benthic writes itself, always the same."""
+    """stdlib: this Python's standard library, read in place. procedural: text benthic writes, always the same."""
     path: str | None = None
     """The folder or file of a folder, jsonl or parquet source."""
     suffixes: tuple[str, ...] = (".txt", ".md", ".rst", ".py")

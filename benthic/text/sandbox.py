@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -102,7 +102,7 @@ def _bounded(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's text for trainers; when rendering it is transparent."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (an instance variable in the base class)
 
     def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -167,7 +167,7 @@ def _environment() -> _Sandbox:
         trim_blocks=True, lstrip_blocks=True, extensions=[_CountSteps, _Generation, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = _tojson
-    made.globals = {
+    names: dict[str, Any] = {
         "cycler": jinja2.utils.Cycler,
         "joiner": jinja2.utils.Joiner,
         "range": jinja2.sandbox.safe_range,
@@ -176,6 +176,7 @@ def _environment() -> _Sandbox:
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
     }
+    made.globals = names
     return made
 
 
