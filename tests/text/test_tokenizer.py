@@ -142,7 +142,10 @@ def test_a_missing_file_says_what_was_found(tmp_path):
         ("{", "is not JSON"),
         ("[]", "it is not a tokenizer.json"),
         ('{"model": {}, "decoder": {"type": "WordPiece"}}', "decoder WordPiece is not supported; allowed: ByteLevel"),
-        ('{"model": {"type": "Nonsense"}, "decoder": {"type": "ByteLevel"}}', "not a tokenizer that `tokenizers` reads"),
+        (
+            '{"model": {"type": "Nonsense"}, "decoder": {"type": "ByteLevel"}}',
+            "not a tokenizer that `tokenizers` reads",
+        ),
     ],
 )
 def test_a_corrupt_file_is_named(tmp_path, content, message):

@@ -51,5 +51,7 @@ def test_no_text_is_refused(texts):
 
 
 def test_a_vocabulary_without_room_for_bytes_is_refused():
-    with pytest.raises(TextError, match="vocab_size 100 is too small: 8 special tokens and 256 bytes need at least 264"):
+    with pytest.raises(
+        TextError, match="vocab_size 100 is too small: 8 special tokens and 256 bytes need at least 264"
+    ):
         train_tokenizer(["text"], 100)
