@@ -36,7 +36,7 @@ class ChatTemplate:
         """The text of `messages`.
 
         `tokens` are the spellings a template may name (bos_token, eos_token ...), `variables` what a caller adds
-        (tools, add_generation_prompt, thinking ...), `control` the spellings to mark where messages or variables hold them.
+        (tools, add_generation_prompt, thinking ...), `control` the spellings to mark where a caller wrote them.
         RequestError: the messages are not what the template takes. TextError: the template itself fails.
         """
         if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
