@@ -40,7 +40,7 @@ MAPPED_BYTES = 128 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder whose tensors were found to be those of `config`. Prediction layers that it lacks are out of `config`."""
+    """A folder whose tensors are those of `config`, from which prediction layers that it lacks were taken out."""
 
     folder: Path
     config: ModelConfig
@@ -63,7 +63,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 class TensorReader:
-    """Reads tensors of a checkpoint through renewable memory maps. A tensor that `stored` returns keeps its map alive."""
+    """Reads tensors of a checkpoint through memory maps that it renews; a tensor keeps its map alive."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -103,7 +103,7 @@ class TensorReader:
 
 
 def read_weights(checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """Every weight as numbers, in the order of the bytes on disk, duplicates last. Keep no tensor longer than a step."""
+    """Every weight as numbers, in the order of the bytes on disk, duplicates last. Drop each before the next."""
     rows = {row.name: row for row in present_rows(checkpoint.config, checkpoint.entries)}
     in_file_order = [rows[name] for name in checkpoint.entries if name in rows]
     with TensorReader(checkpoint) as reader:

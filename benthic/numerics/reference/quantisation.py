@@ -33,10 +33,11 @@ def quantise_blocks(
     """
     weight = weight.float()
     _refuse_non_finite(weight)
-    scale_inv = (_block_maxima(weight, block) / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    maxima = _block_maxima(weight, block)
+    scale_inv = (maxima / E4M3_MAX).clamp(min=SMALLEST_SCALE)
     if power_of_two:
         scale_inv = _next_power_of_two(scale_inv)
-    scale_inv = torch.where(_block_maxima(weight, block) > 0, scale_inv, 1.0)
+    scale_inv = torch.where(maxima > 0, scale_inv, 1.0)
     values = weight / _spread(scale_inv, weight.shape, block)
     return values.to(torch.float8_e4m3fn), scale_inv
 
