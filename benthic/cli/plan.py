@@ -12,6 +12,7 @@ from benthic.config.published import preset_names
 from benthic.errors import ConfigError
 from benthic.plan.devices import DEVICES
 from benthic.plan.kv_cache import CACHE_FORMATS
+from benthic.plan.layout import OBJECTIVES
 from benthic.plan.operations import RECOMPUTATIONS
 from benthic.plan.parameters import WEIGHT_FORMATS
 from benthic.plan.plan import explain_plan, make_plan
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--acceptance", type=float, help="share of MTP drafts accepted (default 0.85)")
     train = parser.add_argument_group("training")
     train.add_argument("--layout", metavar="AXES", help='such as "pp=16,schedule=dualpipe,fsdp=128,zero=1,ep=64"')
+    train.add_argument("--objective", choices=OBJECTIVES, help="search all layouts (default: the best of a few)")
     train.add_argument("--sequence-length", type=int, help="tokens in a sequence (default 4096)")
     train.add_argument("--sequences", type=int, help="sequences in a step, all GPUs together")
     train.add_argument("--micro-batch", type=int, help="sequences a GPU works on at a time (default 1)")

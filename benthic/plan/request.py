@@ -13,6 +13,7 @@ from benthic.errors import ConfigError
 from benthic.plan.devices import find_device
 from benthic.plan.inference import AttentionLayout, Serving, check, fewest_gpus
 from benthic.plan.kv_cache import CacheFormat
+from benthic.plan.layout import Objective
 from benthic.plan.operations import Recomputation
 from benthic.plan.parameters import WeightFormat, stored_format
 from benthic.plan.training import TrainingPrecision
@@ -35,6 +36,8 @@ class PlanRequest(Settings):
     """Share of drafts accepted; 0.85 to 0.90 published for V3 (technical report, section 5.4.3)."""
     layout: str | None = None
     """Of training, as in ParallelConfig.parse."""
+    objective: Objective | None = None
+    """What a search of all layouts is for; None tries a few."""
     sequences: Positive | None = None
     """In one training step, all GPUs together."""
     micro_batch: Positive = 1
