@@ -52,13 +52,14 @@ def choose_layout(config: ModelConfig, request: PlanRequest, device: Device, pre
 
 def reasons(chosen: Choice, request: PlanRequest, device: Device) -> list[str]:
     """Why this layout and recomputation, in sentences."""
+    fits = chosen.memory.total <= device.memory_bytes
     if request.layout is not None:
         why = "as asked"
     elif request.objective is not None:
         why = f"{request.objective} of all layouts"
     else:
-        why = "the fastest of a few layouts on these GPUs; --objective searches all"
-    fits = chosen.memory.total <= device.memory_bytes
+        why = "the fastest of a few" if fits else "none that fits of a few"
+        why += " layouts on these GPUs; --objective searches all"
     recomputation = "as asked" if request.recomputation else "the least that fits" if fits else "all there is"
     return [
         f"trained on {chosen.layout.world:,} GPUs laid out as {chosen.layout}: {why}",
