@@ -102,5 +102,7 @@ def test_a_folder_with_some_prediction_tensors_is_broken(tmp_path):
 
 def test_prediction_layers_that_config_json_forgets_are_explained(tmp_path):
     forgetful = TINY.replace(num_nextn_predict_layers=0)
-    with pytest.raises(CheckpointError, match=r"holds prediction layers, but config.json says num_nextn_predict_layers 0"):
+    with pytest.raises(
+        CheckpointError, match=r"holds prediction layers, but config.json says num_nextn_predict_layers 0"
+    ):
         refuse_faults(find_faults(forgetful, complete()), forgetful, tmp_path)
