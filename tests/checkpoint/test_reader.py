@@ -116,6 +116,7 @@ def test_a_tied_model_with_another_head_is_refused(tmp_path):
 
 MEASURE = """
 import sys, torch
+from benthic.checkpoint.conversion import convert
 from benthic.checkpoint.reader import load_into, open_checkpoint
 from benthic.config.manifest import parameters
 from tests.checkpoint.folders import Bag
@@ -127,16 +128,18 @@ def peak():
 checkpoint = open_checkpoint(sys.argv[1])
 torch.ones(300, 300) @ torch.ones(300, 300)
 before = peak()
+convert(sys.argv[1], sys.argv[1] + "-converted", "fp8" if checkpoint.config.quantization_config is None else "bf16")
+converting = peak() - before
 bag = Bag(checkpoint.config, torch.bfloat16)
 load_into(bag, checkpoint)
-print(peak() - before, sum(t.nbytes for t in bag.state_dict().values()))
+print(converting, peak() - before, sum(t.nbytes for t in bag.state_dict().values()))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("weights", "max_shard_bytes"), [("bf16", 10**8), ("bf16", 10**10), ("fp8", 10**10)])
-def test_loading_takes_the_model_and_less_than_a_shard(tmp_path, weights, max_shard_bytes):
+def test_loading_takes_the_model_and_less_than_a_shard_and_converting_takes_little(tmp_path, weights, max_shard_bytes):
     wide = TINY.replace(hidden_size=1024, n_routed_experts=16, moe_intermediate_size=2048, vocab_size=10_000)
     tensors = {row.name: torch.full(row.shape, 0.5) for row in parameters(wide)}
     write_checkpoint(tensors, wide, tmp_path, weights, max_shard_bytes=max_shard_bytes)
@@ -144,7 +147,8 @@ def test_loading_takes_the_model_and_less_than_a_shard(tmp_path, weights, max_sh
     largest = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak, model = (int(word) for word in done.stdout.split())
+    converting, peak, model = (int(word) for word in done.stdout.split())
+    assert converting < 200 * 2**20
     assert model > 400 * 10**6
     assert model * 0.9 < peak < model + largest
     # One file is not mapped whole either.

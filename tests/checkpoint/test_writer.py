@@ -238,6 +238,6 @@ def test_no_permission_is_a_clear_error(tmp_path, monkeypatch):
 def test_a_broken_generation_config_is_told_before_anything_is_written(previous):
     (previous / "generation_config.json").write_text("{")
     before = contents(previous)
-    with pytest.raises(ConfigError, match="generation_config.json is not valid JSON"):
+    with pytest.raises(ConfigError, match=r"generation_config.json is not valid JSON"):
         write_checkpoint(random_tensors(TINY), TINY, previous)
     assert_untouched(previous, before)
