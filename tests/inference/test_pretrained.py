@@ -143,3 +143,15 @@ def test_a_missing_gpu_is_a_clear_error(tmp_path, model):
     benthic.save_model(model, tmp_path)
     with pytest.raises(CapacityError, match=r"torch finds no CUDA GPU(.|\n)*use device='cpu'"):
         benthic.load_model(tmp_path, device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "fp8"])
+def test_a_gpu_writes_the_bytes_that_the_cpu_writes_and_loads_them(tmp_path, model, weights):
+    benthic.save_model(model, tmp_path / "cpu", weights=weights)
+    benthic.save_model(model.cuda(), tmp_path / "cuda", weights=weights)
+    name = "model.safetensors"
+    assert (tmp_path / "cpu" / name).read_bytes() == (tmp_path / "cuda" / name).read_bytes()
+    loaded = benthic.load_model(tmp_path / "cuda", device="cuda", dtype=torch.float32).state_dict()
+    for path, tensor in benthic.load_model(tmp_path / "cpu", dtype=torch.float32).state_dict().items():
+        assert torch.equal(loaded[path].cpu(), tensor), path
