@@ -73,7 +73,7 @@ def test_a_folder_that_transformers_wrote_over_ours_loads_without_its_prediction
     theirs.save_pretrained(tmp_path / "theirs")
     with caplog.at_level(logging.WARNING, "benthic"):
         again = benthic.load_model(tmp_path / "theirs")
-    assert "loading the main model alone" in caplog.text
+    assert "it is taken as the main model alone" in caplog.text
     assert again.config.num_nextn_predict_layers == 0
     assert torch.equal(again(tokens(61)), model(tokens(61)))
 
