@@ -14,6 +14,7 @@ from pathlib import Path
 from benthic.config.data import DataConfig
 from benthic.data.dataset import DOCUMENTS_FILE, MANIFEST_FILE, TOKENIZER_FOLDER, VERSION, Dataset, Manifest
 from benthic.data.fim import pieces
+from benthic.data.passages import passages
 from benthic.data.sources import Document, Source, open_source
 from benthic.data.splits import Split, split
 from benthic.data.tokens import SplitFacts, TokenWriter
@@ -76,12 +77,12 @@ def _train(config: DataConfig, source: Source, report: Progress) -> Tokenizer:
     def texts() -> Iterator[str]:
         read = 0
         for which, document in split(source.read(), config.validation_fraction):
-            if which == "train" and read < config.tokenizer_training_bytes:
-                read += len(document.text.encode())
+            for passage in passages(document.text) if which == "train" else ():
+                if read >= config.tokenizer_training_bytes:
+                    return
+                read += len(passage.encode())
                 report("training the tokenizer", read, total)
-                yield document.text
-            elif read >= config.tokenizer_training_bytes:
-                return
+                yield passage
 
     _refuse_empty(source, config)
     tokenizer = train_tokenizer(texts(), config.vocab_size)
