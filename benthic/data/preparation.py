@@ -76,7 +76,7 @@ def _train(config: DataConfig, source: Source, report: Progress) -> Tokenizer:
 
     def texts() -> Iterator[str]:
         read = 0
-        for which, document in split(source.read(), config.validation_fraction):
+        for which, document in split(source.read, config.validation_fraction):
             for passage in passages(document.text) if which == "train" else ():
                 if read >= config.tokenizer_training_bytes:
                     return
@@ -91,7 +91,7 @@ def _train(config: DataConfig, source: Source, report: Progress) -> Tokenizer:
 
 
 def _refuse_empty(source: Source, config: DataConfig) -> None:
-    if next(split(source.read(), config.validation_fraction), None) is None:
+    if next(split(source.read, config.validation_fraction), None) is None:
         raise DataError(f"{source.description}: no text in it", hint="point data.path to files with text in them")
 
 
@@ -106,7 +106,7 @@ def _tokenise(
         listing = files.enter_context(atomic_file(folder / DOCUMENTS_FILE, DataError))
         digest = hashlib.sha256()
         done = 0
-        for batch in _batches(split(source.read(), config.validation_fraction)):
+        for batch in _batches(split(source.read, config.validation_fraction)):
             for name, group in groupby(sorted(batch, key=lambda one: one[0]), key=lambda one: one[0]):
                 documents = [document for _, document in group]
                 rate = config.fim_rate if name == "train" else 0.0
