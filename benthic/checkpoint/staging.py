@@ -1,0 +1,132 @@
+"""Files appear in a folder all at once, or not at all.
+
+A new folder is written beside its place and renamed. In an existing folder the files are written and synced inside a
+hidden subfolder, which is renamed to `.incoming` (from here the new checkpoint is complete and wins), moved file by
+file into place, the index last, and what it replaces is removed. Killed before the rename, the old
+checkpoint is untouched; killed after it, the next save finishes the move, and a reader says what happened.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benthic.checkpoint.folder import INCOMING, INDEX, WEIGHTS, checkpoint_files
+from benthic.errors import CapacityError, CheckpointError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def staged(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary folder to write a whole checkpoint of about `num_bytes` into; on leaving it takes its place.
+
+    When the body raises, nothing stays and the folder is as it was. Raises CapacityError when the disk is full (before
+    writing, where that can be foreseen) and CheckpointError when the folder cannot be written.
+    """
+    with storage_errors(folder):
+        is_update = folder.is_dir() and any(folder.iterdir())
+        parent = folder if is_update else folder.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        if (folder / INCOMING).is_dir():
+            _move_into_place(folder)
+        prefix = f".{folder.name}.partial-{socket.gethostname()}-"
+        _remove_abandoned(parent, prefix)
+        _refuse_full_disk(parent, num_bytes)
+        stage = parent / f"{prefix}{os.getpid()}"
+        stage.mkdir()
+    try:
+        with storage_errors(folder):
+            yield stage
+            sync_folder(stage)
+            if is_update:
+                os.rename(stage, folder / INCOMING)
+                _move_into_place(folder)
+            else:
+                os.rename(stage, folder)
+            sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            raise CapacityError(
+                f"the disk is full: writing {folder} failed ({reason}); nothing was changed there",
+                hint="free some space or save elsewhere",
+            ) from error
+        raise CheckpointError(
+            f"cannot write {folder}: {reason}" + (f" ({error.filename})" if error.filename else ""),
+            hint="choose a folder that you may write to",
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_document(path: Path, content: bytes) -> None:
+    """Write a small file and sync it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _move_into_place(folder: Path) -> None:
+    """Move what `.incoming` still holds; also finishes a move that was cut off.
+
+    The file that says which weights there are (index or single file) goes last, when the stale ones are gone.
+    """
+    incoming = folder / INCOMING
+    last = next((name for name in (INDEX, WEIGHTS) if (incoming / name).is_file()), None)
+    for path in sorted(incoming.iterdir()):
+        if path.name != last:
+            os.replace(path, folder / path.name)
+    if last:
+        for name in checkpoint_files(folder) - _current_files(incoming / last):
+            (folder / name).unlink()
+        os.replace(incoming / last, folder / last)
+    sync_folder(folder)
+    incoming.rmdir()
+
+
+def _current_files(last: Path) -> set[str]:
+    if last.name == WEIGHTS:
+        return {WEIGHTS}
+    return {INDEX, *json.loads(last.read_text(encoding="utf-8"))["weight_map"].values()}
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove what killed processes of this machine left behind."""
+    for path in parent.glob(f"{prefix}*"):
+        process = path.name.removeprefix(prefix)
+        if process.isdigit() and int(process) != os.getpid() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_full_disk(parent: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if num_bytes > free:
+        raise CapacityError(
+            f"{parent} has {free / 2**30:.2f} GiB free; the checkpoint needs {num_bytes / 2**30:.2f} GiB",
+            hint="free some space, save elsewhere, or use a smaller weight format (fp8 takes half of bf16)",
+        )

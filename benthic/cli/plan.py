@@ -1,0 +1,107 @@
+"""`benthic plan MODEL`: parameters, FLOPs, KV cache, memory, layout, time and cost, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benthic.config import ModelConfig
+from benthic.config.published import preset_names
+from benthic.errors import ConfigError
+from benthic.plan.devices import DEVICES
+from benthic.plan.kv_cache import CACHE_FORMATS
+from benthic.plan.parameters import WEIGHT_FORMATS
+from benthic.plan.plan import PlanRequest, explain_plan, make_plan, time_operations
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, hint="benthic plan --help lists what is allowed")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's arguments; those of a plan are named as in PlanRequest."""
+    parser = _Parser(prog="benthic plan", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="preset name, folder with config.json, or such a file"
+    )
+    parser.add_argument("--list", action="store_true", help="names of presets and devices")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="put these beside MODEL")
+    parser.add_argument("--explain", action="store_true", help="each figure as formula = numbers = value")
+    parser.add_argument("--json", action="store_true", help="machine-readable, keys fixed")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of cache and memory (png, svg or pdf)")
+    plan = parser.add_argument_group("what is planned")
+    plan.add_argument("--device", metavar="NAME", help=f"{', '.join(sorted(DEVICES))} (default h100)")
+    plan.add_argument("--gpus", type=int, help="how many serve the model (default: the fewest that hold it)")
+    plan.add_argument("--attention", choices=["tensor", "data"], help="how serving spreads attention over GPUs")
+    plan.add_argument("--context", type=int, help="positions in the cache while decoding (default 4096)")
+    plan.add_argument("--batch", type=int, help="sequences served at a time (default: a sweep)")
+    plan.add_argument("--sequence-length", type=int, help="length of training sequences (default 4096)")
+    plan.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights in memory (default: as stored)")
+    plan.add_argument("--cache", choices=CACHE_FORMATS, help="format of the cache (default bf16)")
+    plan.add_argument("--acceptance", type=float, help="share of MTP drafts accepted (default 0.85)")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Print a plan, or several side by side."""
+    options = make_parser().parse_args(arguments)
+    if options.list:
+        _list(options.json)
+        return 0
+    if options.model is None:
+        raise ConfigError("no MODEL given", hint="benthic plan --list shows the presets")
+    given = {name: getattr(options, name) for name in PlanRequest.model_fields}
+    request = PlanRequest(**{name: value for name, value in given.items() if value is not None})
+    names = [options.model, *options.compare]
+    configs = [ModelConfig.from_pretrained(name) for name in names]
+    plans = [make_plan(config, request, name) for config, name in zip(configs, names, strict=True)]
+    if options.plot:
+        from benthic.plan.plots import plot_plans
+
+        plot_plans(configs, plans, options.plot)
+    explanations = [_explanation(config, request) for config in configs] if options.explain else []
+    if options.json:
+        _print_json(plans, explanations)
+    else:
+        _print_tables(plans, explanations)
+    return 0
+
+
+def _explanation(config: ModelConfig, request: PlanRequest) -> dict[str, Any]:
+    return {
+        "lines": [asdict(line) for line in explain_plan(config, request)],
+        "operations": time_operations(config, request),
+    }
+
+
+def _print_json(plans: list[dict], explanations: list[dict]) -> None:
+    for plan, explanation in zip(plans, explanations, strict=False):
+        plan["explain"] = explanation
+    print(json.dumps(plans[0] if len(plans) == 1 else {"plans": plans}, indent=2))
+
+
+def _print_tables(plans: list[dict], explanations: list[dict]) -> None:
+    from benthic.plan.tables import print_comparison, print_explanation, print_plan
+
+    if len(plans) > 1:
+        print_comparison(plans)
+    else:
+        print_plan(plans[0])
+    for plan, explanation in zip(plans, explanations, strict=False):
+        print_explanation(plan["model"], explanation)
+
+
+def _list(as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"presets": preset_names(), "devices": sorted(DEVICES)}, indent=2))
+        return
+    print("presets:")
+    for name in preset_names():
+        print(f"  {name}")
+    print("devices:")
+    for name, device in sorted(DEVICES.items()):
+        print(f"  {name:<8}{device.title}")

@@ -1,0 +1,109 @@
+"""Self-attention of a layer: latent (MLA), or with keys and values of their own (MHA, GQA, MQA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benthic import ops
+from benthic.config.model import LATENT_NORM_EPS, ModelConfig
+from benthic.model.cache import Cache
+from benthic.model.primitive import Linear, RMSNorm
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The positions of one forward pass: their rotations, complex64 [S, R / 2], what they may see (`mask`, bool
+    [B or 1, S, L], None for all before), and the rows of tokens before them, if any are kept."""
+
+    rotations: Tensor
+    mask: Tensor | None = None
+    cache: Cache | None = None
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from one latent."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.heads, self.scale = layer, config.num_attention_heads, config.softmax_scale
+        self.rank, self.interleaved = config.kv_lora_rank, config.rope_interleave
+        self.key_width, self.rotary_width = config.qk_nope_head_dim, config.qk_rope_head_dim
+        width, placed = config.hidden_size, {"device": device, "dtype": dtype}
+        query_rows = self.heads * config.query_head_dim
+        if config.q_lora_rank:
+            self.q_a_proj = Linear(width, config.q_lora_rank, bias=config.qkv_bias, **placed)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, **placed)
+            self.q_b_proj = Linear(config.q_lora_rank, query_rows, bias=False, **placed)
+        else:
+            self.q_proj = Linear(width, query_rows, bias=False, **placed)
+        self.compresses_queries = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = Linear(width, self.rank + self.rotary_width, bias=config.qkv_bias, **placed)
+        self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS, **placed)
+        expanded_rows = self.heads * (self.key_width + config.v_head_dim)
+        self.kv_b_proj = Linear(self.rank, expanded_rows, bias=False, **placed)
+        self.o_proj = Linear(self.heads * config.v_head_dim, width, bias=config.output_bias, **placed)
+
+    def forward(self, hidden: Tensor, span: Span) -> Tensor:
+        """[B, S, D] to [B, S, D]. Expands keys and values when no token came before, else works on the latents."""
+        query, rotary_query = self._queries(hidden, span.rotations)
+        latent, rotary_key = self.kv_a_proj_with_mqa(hidden).split((self.rank, self.rotary_width), -1)
+        latent = self.kv_a_layernorm(latent)  # [B, S, C]
+        rotary_key = ops.rotary(rotary_key[:, :, None], span.rotations, self.interleaved)  # [B, S, 1, R]
+        if span.cache is not None:
+            latents = span.cache.write(self.layer, torch.cat((latent, rotary_key[:, :, 0]), -1))
+            if span.cache.length:
+                expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
+                out = ops.absorbed_attention(query, rotary_query, latents, expansion, self.scale, span.mask)
+                return self.o_proj(out.flatten(2))
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))  # [B, S, H, N + V]
+        key, value = expanded.split((self.key_width, expanded.shape[-1] - self.key_width), -1)
+        query = torch.cat((query, rotary_query), -1)
+        key = torch.cat((key, rotary_key.expand(-1, -1, self.heads, -1)), -1)  # [B, S, H, N + R]
+        out = ops.attention(query, key, value, self.scale, span.mask)
+        return self.o_proj(out.flatten(2))
+
+    def _queries(self, hidden: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
+        if self.compresses_queries:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+        else:
+            query = self.q_proj(hidden)
+        query = query.unflatten(-1, (self.heads, -1))  # [B, S, H, N + R]
+        plain, turning = query.split((self.key_width, self.rotary_width), -1)
+        return plain, ops.rotary(turning, rotations, self.interleaved)
+
+
+class PlainAttention(nn.Module):
+    """Attention whose heads, or groups of heads, have keys and values of their own. With `qk_norm`, queries and keys
+    are normalised over their whole width, before they are split into heads (OLMo 2)."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.scale, self.head_width = layer, config.softmax_scale, config.query_head_dim
+        self.key_heads, self.interleaved = config.num_key_value_heads, config.rope_interleave
+        width, placed = config.hidden_size, {"device": device, "dtype": dtype}
+        query_rows, key_rows = config.num_attention_heads * self.head_width, self.key_heads * self.head_width
+        self.q_proj = Linear(width, query_rows, bias=config.qkv_bias, **placed)
+        self.k_proj = Linear(width, key_rows, bias=config.qkv_bias, **placed)
+        self.v_proj = Linear(width, key_rows, bias=config.qkv_bias, **placed)
+        self.q_norm = RMSNorm(query_rows, config.rms_norm_eps, **placed) if config.qk_norm else None
+        self.k_norm = RMSNorm(key_rows, config.rms_norm_eps, **placed) if config.qk_norm else None
+        self.o_proj = Linear(query_rows, width, bias=config.output_bias, **placed)
+
+    def forward(self, hidden: Tensor, span: Span) -> Tensor:
+        """[B, S, D] to [B, S, D]."""
+        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = self._turned(query, span.rotations), self._turned(key, span.rotations)
+        if span.cache is not None:
+            rows = span.cache.write(self.layer, torch.cat((key.flatten(2), value), -1))
+            key, value = rows.chunk(2, -1)
+            key = key.unflatten(-1, (self.key_heads, -1))  # [B, L, Hk, Dq]
+        out = ops.attention(query, key, value.unflatten(-1, (self.key_heads, -1)), self.scale, span.mask)
+        return self.o_proj(out.flatten(2))
+
+    def _turned(self, projected: Tensor, rotations: Tensor) -> Tensor:
+        return ops.rotary(projected.unflatten(-1, (-1, self.head_width)), rotations, self.interleaved)

@@ -1,0 +1,172 @@
+"""LanguageModel: tokens in, logits and states out; every tensor under its published name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benthic import ops
+from benthic.config.model import ModelConfig
+from benthic.errors import RequestError
+from benthic.model.attention import Span
+from benthic.model.cache import Cache
+from benthic.model.layer import DecoderLayer, PredictionLayer
+from benthic.model.primitive import Embedding, Linear, RMSNorm
+from benthic.ops.rotary import RotaryTable
+from benthic.ops.route import Routing
+
+
+class States(NamedTuple):
+    """What a forward pass leaves before the head: `hidden` [B, S, D] after the final norm, `predictions` of depth
+    k = 1, 2 ... [B, S - k, D] after shared_head.norm, and the `routing` of every expert layer by its index."""
+
+    hidden: Tensor
+    predictions: list[Tensor]
+    routing: dict[int, Routing]
+
+
+class Decoder(nn.Module):
+    """Embedding, layers (prediction layers last) and final norm: the published names start with `model.`."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device, dtype)
+        main, extra = config.num_hidden_layers, config.num_nextn_predict_layers
+        self.layers = nn.ModuleList(
+            (DecoderLayer if layer < main else PredictionLayer)(config, layer, device, dtype)
+            for layer in range(main + extra)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only language model. Parameters are allocated, not initialised: see `initialise` and `load_model`."""
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, device, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
+        self._rotations = RotaryTable(config)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [V, D]; the embedding itself where both are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self, input_ids: Tensor, *, return_mtp: bool = False, cache: Cache | None = None
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Logits [B, S, V] of `input_ids` int64 [B, S]; with `return_mtp` also the list of every prediction layer's,
+        where item k - 1 is [B, S - k, V] and its row i predicts token i + k + 1.
+
+        Raises RequestError for ids that are no int64 [B, S], outside the vocabulary, or longer than the model allows.
+        """
+        _check_range(input_ids, self.config.vocab_size)
+        depth = min(self.config.num_nextn_predict_layers, input_ids.shape[-1] - 1) if return_mtp else 0
+        states = self.states(input_ids, cache=cache, num_predictions=depth)
+        logits = F.linear(states.hidden, self.head_weight)
+        if not return_mtp:
+            return logits
+        predictions = [F.linear(prediction, self.head_weight) for prediction in states.predictions]
+        missing = self.config.num_nextn_predict_layers - depth
+        return logits, predictions + [logits[:, :0]] * missing
+
+    def states(
+        self,
+        input_ids: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        num_predictions: int = 0,
+    ) -> States:
+        """States before the head, of `input_ids` int64 [B, S].
+
+        `documents` int64 [B, S] numbers the packed document of each position, and attention stays within one; None
+        lets it cross. `cache` holds the tokens before, and takes these in. `num_predictions` prediction layers run.
+        """
+        self._check(input_ids, documents, cache, num_predictions)
+        embedded = self.model.embed_tokens(input_ids)  # [B, S, D]
+        span = self._span(input_ids, documents, cache)
+        hidden, routing = embedded, {}
+        for index, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
+            hidden, chosen = layer(hidden, span)
+            if chosen is not None:
+                routing[index] = chosen
+        hidden = self.model.norm(hidden)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        predictions: list[Tensor] = []
+        for depth in range(1, num_predictions + 1):
+            index = self.config.num_hidden_layers + depth - 1
+            before = predictions[-1] if predictions else hidden
+            shorter = _shortened(span, depth)
+            known = before[:, : len(shorter.rotations)]
+            state, chosen = self.model.layers[index].predict(embedded[:, depth:], known, shorter)
+            predictions.append(state)
+            if chosen is not None:
+                routing[index] = chosen
+        return States(hidden, predictions, routing)
+
+    def _span(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> Span:
+        start, length = cache.length if cache is not None else 0, input_ids.shape[1]
+        if documents is not None:
+            mask = ops.document_mask(documents)
+        else:
+            mask = ops.causal_mask(start, length, input_ids.device)
+        return Span(self._rotations.rows(start, length, input_ids.device), mask, cache)
+
+    def _check(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None, num_predictions: int) -> None:
+        _check_ids(input_ids)
+        batch, length = input_ids.shape
+        end = length + (cache.length if cache is not None else 0)
+        if end > self.config.max_position_embeddings:
+            raise RequestError(
+                f"{end} positions were asked for; the model's max_position_embeddings is "
+                f"{self.config.max_position_embeddings}"
+            )
+        if cache is not None:
+            cache.check_room(batch, length)
+            if documents is not None or num_predictions:
+                raise RequestError("a cache serves one document a sequence and no prediction layers")
+        if documents is not None and documents.shape != input_ids.shape:
+            raise RequestError(
+                f"documents has shape {list(documents.shape)}; it must be that of input_ids, {list(input_ids.shape)}"
+            )
+        available = min(self.config.num_nextn_predict_layers, length - 1)
+        if not 0 <= num_predictions <= available:
+            raise RequestError(
+                f"num_predictions is {num_predictions}; with {self.config.num_nextn_predict_layers} prediction layers "
+                f"and {length} tokens it can be 0 to {available}"
+            )
+
+
+def _shortened(span: Span, depth: int) -> Span:
+    """The span of the positions that still have a token `depth` further on."""
+    mask = None if span.mask is None else span.mask[:, :-depth, :-depth]
+    return Span(span.rotations[:-depth], mask)
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.dtype != torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise RequestError(
+            f"input_ids is {input_ids.dtype} of shape {list(input_ids.shape)}; it must be int64 [sequences, tokens], "
+            "neither of them 0"
+        )
+
+
+def _check_range(input_ids: Tensor, vocabulary: int) -> None:
+    """An id outside the vocabulary stops a GPU for good, so it never gets there."""
+    _check_ids(input_ids)
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise RequestError(
+            f"input_ids holds {low if low < 0 else high}; the vocabulary has {vocabulary} tokens, 0 to {vocabulary - 1}",
+            hint="is this the model's own tokenizer?",
+        )

@@ -1,0 +1,69 @@
+"""Rotary position embedding (arXiv:2104.09864) and its length extensions.
+
+Pair i of a head's R rotary channels turns by the angle position * frequency[i]. `interleaved` pairs channels (2i, 2i+1)
+as DeepSeek's weights do, otherwise channel i is paired with i + R/2 as Llama's do. Both keep the order of channels,
+so query-key products agree with every published implementation, whatever order that one caches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from benthic.config.model import RopeParameters
+
+
+def inverse_frequencies(rope: RopeParameters, width: int) -> Tensor:
+    """Angle per position of each pair: float32 [width / 2]. `width` is R, the number of rotating channels."""
+    frequency = rope.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    if rope.rope_type == "linear":
+        return frequency / rope.factor
+    if rope.rope_type == "yarn":
+        return _yarn(rope, width, frequency)
+    if rope.rope_type == "llama3":
+        return _llama3(rope, frequency)
+    return frequency
+
+
+def _yarn(rope: RopeParameters, width: int, frequency: Tensor) -> Tensor:
+    """YaRN (arXiv:2309.00071, section 3.2): fast pairs keep their frequency, slow ones are divided by the factor."""
+
+    def pair_turning(turns: float) -> float:
+        original = rope.original_max_position_embeddings
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    # width - 1 and not width / 2 - 1, as released.
+    low, high = max(low, 0), min(high, width - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return frequency * (1 - ramp) + frequency / rope.factor * ramp
+
+
+def _llama3(rope: RopeParameters, frequency: Tensor) -> Tensor:
+    """Llama 3.1: wavelengths above original/low_freq_factor are divided by the factor, between the two blended."""
+    original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    turns = original * frequency / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * keep + frequency / rope.factor * (1 - keep)
+
+
+def rotation(rope: RopeParameters, width: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every pair at `positions` [S], YaRN's gain included: two float32 [S, width / 2]."""
+    angle = positions.float()[:, None] * inverse_frequencies(rope, width).to(positions.device)
+    return angle.cos() * rope.rotation_gain, angle.sin() * rope.rotation_gain
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate `x` [..., S, heads, R] by the table [S, R / 2]; channels keep their order."""
+    cos, sin = cos[:, None], sin[:, None]
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

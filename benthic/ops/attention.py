@@ -1,0 +1,71 @@
+"""Softmax attention, expanded and absorbed. Reference: numerics/reference/attention.py.
+
+A mask is bool [B or 1, S, L], True where a query may look; None means causal over keys of the same sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Attention of `query` [B, S, H, Dq] over `key` [B, L, Hk, Dq] and `value` [B, L, Hk, Dv]: [B, S, H, Dv].
+
+    Hk divides H; query head h reads key head h // (H / Hk). Without a mask, S must be L (causal) or 1 (sees all L).
+    """
+    length = query.shape[1]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H, S, Dq]
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if mask is None else mask[:, None],
+        is_causal=mask is None and length > 1,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+def absorbed_attention(
+    query: Tensor, rotary_query: Tensor, latents: Tensor, expansion: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    """Latent attention that never expands keys or values (DeepSeek-V2, section 2.1.2): [B, S, H, V].
+
+    `query` [B, S, H, N] and `rotary_query` [B, S, H, R] look at `latents` [B, L, C + R] (latent, then rotated key)
+    through `expansion` [H, N + V, C], kv_b_proj's rows of each head. Costs 2 H (C + R) + 2 H C operations a
+    query-key pair instead of 2 H (N + R + V), and reads C + R numbers a key instead of H (N + R + V).
+    """
+    batch, length, heads, width = query.shape
+    rank = expansion.shape[-1]
+    key_rows, value_rows = expansion[:, :width], expansion[:, width:]
+    # [H, B S, N] @ [H, N, C] -> [B, S, H, C]
+    moved = torch.matmul(query.permute(2, 0, 1, 3).reshape(heads, -1, width), key_rows)
+    moved = moved.view(heads, batch, length, rank).permute(1, 2, 0, 3)
+    moved = torch.cat((moved, rotary_query), -1).view(batch, length * heads, -1)  # [B, S H, C + R]
+    scores = torch.matmul(moved, latents.transpose(1, 2)).float() * scale  # [B, S H, L]
+    if mask is not None:
+        scores = scores.view(batch, length, heads, -1).masked_fill(~mask[:, :, None], -torch.inf).view_as(scores)
+    weights = scores.softmax(-1).type_as(latents)
+    context = torch.matmul(weights, latents[..., :rank])  # [B, S H, C]
+    context = context.view(-1, heads, rank).transpose(0, 1)  # [H, B S, C]
+    values = torch.matmul(context, value_rows.transpose(1, 2))  # [H, B S, V]
+    return values.transpose(0, 1).reshape(batch, length, heads, -1)
+
+
+def causal_mask(start: int, length: int, device: torch.device) -> Tensor | None:
+    """Keys that queries start .. start + length may see among start + length: bool [1, S, L], None where `attention`
+    knows by itself."""
+    if start == 0 or length == 1:
+        return None
+    keys = torch.arange(start + length, device=device)
+    return (keys <= keys[start:, None])[None]
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Causal, and within one document: bool [B, S, S] from document numbers [B, S]."""
+    length = documents.shape[1]
+    same = documents[:, :, None] == documents[:, None, :]
+    return same & torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()

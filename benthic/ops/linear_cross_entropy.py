@@ -1,0 +1,67 @@
+"""Cross entropy of a linear head, without ever holding the logits. Reference: numerics/reference/loss.py.
+
+The logits of a batch are the largest array of training by far ([T, V] against [T, D]). They are computed for a few
+rows at a time, and since softmax minus one-hot is already the gradient, each block also yields its share of the
+gradients before it is dropped: three products in all, as without chunks, and none repeated in backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+IGNORED = -100
+"""A target that counts for nothing (torch's default)."""
+
+_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+"""Logits in a block: what a processor's cache holds; elsewhere 2^27, half a GiB of float32, keeps products large."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    """Summed -log softmax(hidden @ weight.T)[target] as a float32 scalar, and how many targets counted.
+
+    `hidden` [T, D], `weight` [V, D], `targets` int64 [T]; a target of -100 is left out.
+    """
+    loss = _LinearCrossEntropy.apply(hidden, weight, targets)
+    return loss, int((targets != IGNORED).sum())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        size = max(1, _BLOCK_ELEMENTS.get(hidden.device.type, 1 << 27) // len(weight))
+        for start in range(0, len(hidden), size):
+            rows = hidden[start : start + size]
+            valid = targets[start : start + size, None] != IGNORED
+            target = targets[start : start + size, None].clamp(min=0)
+            scores = F.log_softmax(torch.mm(rows, weight.t()), -1, dtype=torch.float32)  # [rows, V]
+            loss -= (scores.gather(1, target) * valid).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad = scores.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+            grad = grad.mul_(valid).type_as(hidden)
+            if needs_hidden:
+                torch.mm(grad, weight, out=grad_hidden[start : start + size])
+            if needs_weight:
+                _add_product(grad_weight, grad.t(), rows)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.type_as(weight))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if saved is None else saved * grad.type_as(saved) for saved in ctx.saved_tensors), None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in float32."""
+    if right.dtype == torch.float32:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -1,0 +1,46 @@
+"""Rotary position embedding through complex products. Reference: numerics/reference/rotary.py.
+
+A pair of channels is one complex number and a rotation one product, so an interleaved slice needs no copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benthic.config.model import ModelConfig
+from benthic.numerics.reference.rotary import rotation
+
+
+class RotaryTable:
+    """Rotations of every position as complex64 [P, R / 2], computed once a device and grown by doubling."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.rope = config.rope_parameters
+        self.width = config.rotary_dim
+        self.limit = config.max_position_embeddings
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def rows(self, start: int, length: int, device: torch.device) -> Tensor:
+        """Rotations of positions start .. start + length: complex64 [length, R / 2]."""
+        table = self._tables.get(device)
+        if table is None or len(table) < start + length:
+            table = self._tables[device] = self._compute(start + length, device)
+        return table[start : start + length]
+
+    def _compute(self, needed: int, device: torch.device) -> Tensor:
+        size = min(self.limit, max(256, 1 << (needed - 1).bit_length()))
+        positions = torch.arange(max(size, needed), dtype=torch.float32)
+        # On the processor and then copied, so that every device turns by the same angles.
+        return torch.complex(*rotation(self.rope, self.width, positions)).to(device)
+
+
+def rotary(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    """Rotate `x` [B, S, heads, R] by `table` complex64 [S, R / 2] in float32; channels keep their order and dtype."""
+    table = table[:, None]
+    if interleaved:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+    first, second = x.float().chunk(2, -1)
+    turned = torch.complex(first, second) * table
+    return torch.cat((turned.real, turned.imag), -1).type_as(x)

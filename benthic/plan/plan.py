@@ -1,0 +1,309 @@
+"""One plan: everything the planner knows about a model on a device, as plain data with fixed keys.
+
+`benthic plan --json` prints it, the tables render it, `--compare` puts several side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from benthic.config import ModelConfig, Settings
+from benthic.config.model import Positive
+from benthic.plan.devices import Device, find_device
+from benthic.plan.explain import Line, explain_model, make_line
+from benthic.plan.flops import (
+    decode_flops_per_token,
+    decode_step,
+    expected_experts,
+    forward_flops_per_token,
+    training_flops_per_token,
+    whole_sequences,
+)
+from benthic.plan.inference import (
+    RESERVED_MEMORY,
+    AttentionLayout,
+    Serving,
+    cache_bytes_per_token_per_gpu,
+    check,
+    decode,
+    fewest_gpus,
+    free_bytes_per_gpu,
+    gpu_operations,
+    largest_batch,
+    longest_context,
+    prefill,
+    sequences_per_gpu,
+    speculative_decode,
+    weight_bytes_per_gpu,
+)
+from benthic.plan.kv_cache import (
+    CacheFormat,
+    bytes_per_token_if,
+    cache_bytes_per_token,
+    elements_per_token,
+    expanded_elements_per_token,
+)
+from benthic.plan.parameters import WeightFormat, count_parameters, stored_bytes, stored_format, weight_bytes
+from benthic.plan.roofline import TimedOperation, roofline
+
+SHOWN_BATCHES = (1, 8, 32, 128, 512)
+
+
+class PlanRequest(Settings):
+    """What is asked about a model. None means: chosen by the planner, which prints its choice."""
+
+    device: str = "h100"
+    gpus: Positive | None = None
+    attention: AttentionLayout | None = None
+    context: Positive = 4096
+    batch: Positive | None = None
+    sequence_length: Positive = 4096
+    weights: WeightFormat | None = None
+    cache: CacheFormat = "bf16"
+    acceptance: Annotated[float, Field(ge=0, le=1)] = 0.85
+    """Share of drafts accepted; 0.85 to 0.90 published for V3 (technical report, section 5.4.3)."""
+
+
+def make_plan(config: ModelConfig, request: PlanRequest, name: str = "model") -> dict[str, Any]:
+    """The plan as plain data: model, parameters, kv_cache, flops, memory, serving, assumptions."""
+    serving, choices = resolve_serving(config, request)
+    return {
+        "model": name,
+        "architecture": _architecture(config),
+        "parameters": _parameters(config),
+        "kv_cache": _kv_cache(config, request),
+        "flops": _flops(config, request),
+        "memory": {
+            "weights_bytes": weight_bytes(config, serving.weights),
+            "stored_bytes": stored_bytes(config, stored_format(config)),
+            "weights_format": serving.weights,
+            "stored_format": stored_format(config),
+        },
+        "serving": _serving(config, request, serving),
+        "assumptions": choices + _assumptions(serving),
+    }
+
+
+def resolve_serving(config: ModelConfig, request: PlanRequest) -> tuple[Serving, list[str]]:
+    """The serving layout asked for, with what was left open decided, and a sentence for each decision."""
+    device = find_device(request.device)
+    choices = []
+    weights = request.weights
+    if weights is None:
+        weights = stored_format(config)
+        if weights == "fp8" and "fp8" not in device.peak:
+            weights = "bf16"
+            choices.append(f"weights in bf16, not in fp8 as stored: {device.title} has no fp8 arithmetic")
+        else:
+            choices.append(f"weights in {weights}, as stored")
+    attention = request.attention
+    if attention is None:
+        attention = "data" if config.kv_lora_rank and config.n_routed_experts else "tensor"
+        why = "the latent cannot be divided by heads" if attention == "data" else "heads divide weights and cache"
+        choices.append(f"attention spread by {attention} parallelism: {why}")
+    serving = Serving(device, request.gpus or 1, attention, weights, request.cache)
+    if request.gpus is None:
+        fewest = fewest_gpus(config, serving, request.batch or 1, request.context)
+        serving = replace(serving, gpus=fewest or 1)
+        found = f"{serving.gpus} GPUs: the smallest power of two that holds weights and cache"
+        choices.append(found if fewest else "1 GPU: no power of two up to 1,024 holds weights and cache")
+    check(config, serving)
+    if request.context > config.max_position_embeddings:
+        choices.append(f"{request.context:,} positions are more than the model's {config.max_position_embeddings:,}")
+    return serving, choices
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "attention": config.attention_kind,
+        "layers": config.num_hidden_layers,
+        "expert_layers": config.num_expert_layers,
+        "prediction_layers": config.num_nextn_predict_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "routed_experts": config.n_routed_experts or 0,
+        "experts_per_token": config.num_experts_per_tok if config.n_routed_experts else 0,
+        "shared_experts": config.n_shared_experts,
+        "vocab_size": config.vocab_size,
+        "max_context": config.max_position_embeddings,
+    }
+
+
+def _parameters(config: ModelConfig) -> dict[str, int]:
+    count = count_parameters(config)
+    return {
+        "total": count.total,
+        "active": count.active,
+        "active_without_input_embedding": count.active_without_input_embedding,
+        **{key: value for key, value in asdict(count).items() if key != "routed_active"},
+        "stored": count.stored,
+    }
+
+
+def _kv_cache(config: ModelConfig, request: PlanRequest) -> dict[str, Any]:
+    compared = {kind: _whole(value) for kind, value in bytes_per_token_if(config, request.cache).items()}
+    one = cache_bytes_per_token(config, request.cache)
+    found = {
+        "kind": config.attention_kind,
+        "format": request.cache,
+        "elements_per_token": elements_per_token(config),
+        "bytes_per_token": _whole(one),
+        "bytes_per_token_if": compared,
+        "bytes_at_context": _whole(one * request.context),
+        "context": request.context,
+    }
+    if config.kv_lora_rank:
+        found["elements_per_token_if_expanded"] = expanded_elements_per_token(config)
+    if config.num_nextn_predict_layers:
+        found["bytes_per_token_with_mtp"] = _whole(cache_bytes_per_token(config, request.cache, include_mtp=True))
+    return found
+
+
+def _flops(config: ModelConfig, request: PlanRequest) -> dict[str, Any]:
+    length, context = request.sequence_length, request.context
+    found = {
+        "sequence_length": length,
+        "context": context,
+        "forward_per_token": _whole(forward_flops_per_token(config, length)),
+        "training_per_token_causal": _whole(training_flops_per_token(config, length)),
+        "training_per_token_full": _whole(training_flops_per_token(config, length, "full")),
+        "decode_per_token": _whole(decode_flops_per_token(config, context)),
+    }
+    if config.num_nextn_predict_layers:
+        for convention in ("causal", "full"):
+            value = training_flops_per_token(config, length, convention, include_mtp=True)
+            found[f"training_per_token_{convention}_with_mtp"] = _whole(value)
+    return found
+
+
+def _serving(config: ModelConfig, request: PlanRequest, serving: Serving) -> dict[str, Any]:
+    batch = request.batch or 1
+    most = largest_batch(config, serving, request.context)
+    longest = longest_context(config, serving, batch)
+    return {
+        "device": serving.device.name,
+        "gpus": serving.gpus,
+        "attention": serving.attention,
+        "weights": serving.weights,
+        "cache": serving.cache,
+        "weights_bytes_per_gpu": weight_bytes_per_gpu(config, serving),
+        "free_bytes_per_gpu": free_bytes_per_gpu(config, serving),
+        "cache_bytes_per_token_per_gpu": _whole(cache_bytes_per_token_per_gpu(config, serving)),
+        "batch": batch,
+        "context": request.context,
+        "fits": longest >= request.context,
+        "longest_context": longest,
+        "longest_context_trained": config.max_position_embeddings,
+        "largest_batch": most,
+        "fewest_gpus": fewest_gpus(config, serving, batch, request.context),
+        "prefill_seconds": prefill(config, serving, batch, request.context).seconds,
+        "steps": [_step(config, request, serving, size) for size in _batches(request, most)],
+    }
+
+
+def _batches(request: PlanRequest, most: int) -> list[int]:
+    if request.batch:
+        return [request.batch]
+    return [size for size in SHOWN_BATCHES if size <= most] or [1]
+
+
+def _step(config: ModelConfig, request: PlanRequest, serving: Serving, batch: int) -> dict[str, Any]:
+    plain = decode(config, serving, batch, request.context)
+    found = {
+        "batch": batch,
+        "seconds_per_token": plain.seconds,
+        "communication_seconds": plain.communication_seconds,
+        "tokens_per_second": plain.tokens_per_second,
+        "tokens_per_second_per_gpu": plain.tokens_per_second / serving.gpus,
+    }
+    if config.n_routed_experts:
+        found["experts_touched"] = expected_experts(config, batch)
+    if config.num_nextn_predict_layers:
+        drafted = speculative_decode(config, serving, batch, request.context, request.acceptance)
+        found["speculative"] = {
+            "acceptance": request.acceptance,
+            "tokens_per_step": drafted.tokens / batch,
+            "seconds_per_token": drafted.seconds * batch / drafted.tokens,
+            "tokens_per_second": drafted.tokens_per_second,
+        }
+    return found
+
+
+def _assumptions(serving: Serving) -> list[str]:
+    device: Device = serving.device
+    found = [
+        f"memory bandwidth {device.memory_bandwidth.value / 1e12:.2f} TB/s: {device.memory_bandwidth.source}",
+        f"{RESERVED_MEMORY:.0%} of memory reserved for activations, graphs and fragmentation",
+        "experts are chosen uniformly and independently; times are floors without launch costs",
+    ]
+    if serving.gpus > 1:
+        link = device.network_bandwidth if serving.gpus > device.devices_per_node else device.node_bandwidth
+        found.append(f"links {link.value / 1e9:.0f} GB/s a GPU: {link.source}; nothing overlapped")
+    return found
+
+
+def explain_plan(config: ModelConfig, request: PlanRequest) -> list[Line]:
+    """The formulas behind a plan, each with its numbers: the model's, then those of serving it."""
+    serving, _ = resolve_serving(config, request)
+    lines = explain_model(config, request.sequence_length, request.context, request.cache)
+    batch = request.batch or 1
+    letters = {
+        "memory": serving.device.memory_bytes,
+        "weights": weight_bytes_per_gpu(config, serving),
+        "token": _whole(cache_bytes_per_token_per_gpu(config, serving)),
+        "batch_per_gpu": sequences_per_gpu(serving, batch),
+        "free": free_bytes_per_gpu(config, serving),
+        "T": request.context,
+        "gpus": serving.gpus,
+        "E": config.n_routed_experts or 0,
+        "K": config.num_experts_per_tok,
+        "batch": batch,
+    }
+
+    def line(name: str, formula: str, value: float, unit: str) -> Line:
+        return make_line("serving", name, formula, letters, value, unit)
+
+    usable = f"memory*{1 - RESERVED_MEMORY} - weights"
+    lines.append(line("free for the cache, each GPU", usable, free_bytes_per_gpu(config, serving), "bytes"))
+    if letters["free"] > 0:
+        longest = longest_context(config, serving, batch)
+        lines.append(line("longest context", "free // (token*batch_per_gpu)", longest, "positions"))
+        ways = "*gpus" if serving.attention == "data" else ""
+        most = largest_batch(config, serving, request.context)
+        lines.append(line("largest batch", f"free // (token*T){ways}", most, "sequences"))
+    if config.n_routed_experts:
+        touched = expected_experts(config, batch)
+        lines.append(line("experts a step touches, each layer", "E*(1 - (1 - K/E)**batch)", touched, "experts"))
+    return lines
+
+
+def _whole(value: float) -> float | int:
+    """Integers as integers, so that JSON shows 70272 and not 70272.0."""
+    return int(value) if float(value).is_integer() else value
+
+
+def time_operations(config: ModelConfig, request: PlanRequest) -> dict[str, list[dict[str, Any]]]:
+    """The roofline of each operation on the busiest GPU: one decode step, and one prefill of a prompt."""
+    serving, _ = resolve_serving(config, request)
+    batch = request.batch or 1
+    calls = {"decode": decode_step(batch, request.context), "prefill": whole_sequences(batch, request.context)}
+    return {
+        name: [_timed(one) for one in roofline(gpu_operations(config, serving, call), serving.device)]
+        for name, call in calls.items()
+    }
+
+
+def _timed(one: TimedOperation) -> dict[str, Any]:
+    return {
+        "name": one.operation.name,
+        "count": one.operation.count,
+        "flops": one.operation.total_flops,
+        "bytes": one.operation.total_bytes,
+        "flops_per_byte": one.operation.intensity,
+        "seconds": one.seconds,
+        "bound": one.bound,
+        "rate": one.rate.source if one.rate else "memory bandwidth",
+    }

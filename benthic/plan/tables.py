@@ -1,0 +1,194 @@
+"""A plan as tables on the terminal. Every number comes from the plan; nothing is computed here but ratios and units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PARTS = ("embedding", "head", "attention", "dense", "routed", "shared", "router", "norm")
+OPERATIONS_SHOWN = 12
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """All tables of one plan."""
+    console = Console(highlight=False)
+    console.print(f"[bold]{plan['model']}[/]: {_summary(plan)}")
+    for table in (_parameters(plan), _kv_cache(plan), _flops(plan), _serving(plan), _steps(plan)):
+        console.print(table)
+    console.print("Assumed:")
+    for text in plan["assumptions"]:
+        console.print(f"  {text}", markup=False, soft_wrap=True)
+
+
+def print_comparison(plans: list[dict[str, Any]]) -> None:
+    """The main figures of several plans, a column each."""
+    table = _table("Side by side", "", *(plan["model"] for plan in plans))
+    for label, figure in _COMPARED.items():
+        table.add_row(label, *(figure(plan) for plan in plans))
+    Console(highlight=False).print(table)
+
+
+def print_explanation(model: str, explanation: dict[str, Any]) -> None:
+    """Formulas with their numbers, and the operations that take the most time."""
+    console = Console(highlight=False)
+    console.print(f"[bold]{model}: how the figures come about[/]")
+    for line in explanation["lines"]:
+        console.print(f"  {line['name']}", style="bold", markup=False)
+        console.print(f"    = {line['formula']}", markup=False, soft_wrap=True)
+        console.print(f"    = {line['numbers']}", markup=False, soft_wrap=True)
+        console.print(f"    = {_exact(line['value'])} {line['unit']}", markup=False)
+    for call, operations in explanation["operations"].items():
+        console.print(_operations(call, operations))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    return table
+
+
+def _summary(plan: dict[str, Any]) -> str:
+    built, count = plan["architecture"], plan["parameters"]
+    text = f"{count['total'] / 1e9:.1f}B parameters, {built['layers']} layers, {built['attention'].upper()}"
+    if built["routed_experts"]:
+        text += (
+            f", {built['experts_per_token']} of {built['routed_experts']} experts "
+            f"and {built['shared_experts']} shared, {count['active_without_input_embedding'] / 1e9:.1f}B active a token"
+        )
+    return text + (f", {built['prediction_layers']} MTP layer" if built["prediction_layers"] else "")
+
+
+def _parameters(plan: dict[str, Any]) -> Table:
+    count = plan["parameters"]
+    table = _table("Parameters", "part", "elements", "share")
+    for part in PARTS:
+        if count[part]:
+            table.add_row(part, f"{count[part]:,}", f"{count[part] / count['total']:.2%}")
+    table.add_section()
+    table.add_row("total", f"{count['total']:,}", "")
+    table.add_row("active a token", f"{count['active']:,}", f"{count['active'] / count['total']:.2%}")
+    bare = count["active_without_input_embedding"]
+    table.add_row("active, input embedding left out", f"{bare:,}", f"{bare / count['total']:.2%}")
+    if count["mtp_unique"]:
+        table.add_row("MTP layers, not in the total", f"{count['mtp_unique']:,}", "")
+        table.add_row("published folder, MTP and its copies", f"{count['stored']:,}", "")
+    return table
+
+
+def _kv_cache(plan: dict[str, Any]) -> Table:
+    cache = plan["kv_cache"]
+    title = f"Cache of keys and values, {cache['format']}, this model with each attention"
+    table = _table(title, "attention", "bytes a token", f"at {cache['context']:,} positions", "against MHA")
+    compared = cache["bytes_per_token_if"]
+    for kind, size in compared.items():
+        own = kind == cache["kind"]
+        label = f"{kind.upper()} (this model)" if own else kind.upper()
+        row = (label, f"{size:,}", _bytes(size * cache["context"]), f"{size / compared['mha']:.1%}")
+        table.add_row(*row, style="bold" if own else None)
+    return table
+
+
+def _flops(plan: dict[str, Any]) -> Table:
+    flops = plan["flops"]
+    table = _table("FLOPs a token", "what", "GFLOP")
+    length = f"{flops['sequence_length']:,}"
+    names = {
+        "forward_per_token": f"forward, causal, sequences of {length}",
+        "training_per_token_causal": f"training, causal attention, {length}",
+        "training_per_token_full": f"training, full attention, {length}",
+        "training_per_token_causal_with_mtp": "training with MTP, causal",
+        "decode_per_token": f"decode at {flops['context']:,} positions",
+    }
+    for key, name in names.items():
+        if key in flops:
+            table.add_row(name, f"{flops[key] / 1e9:,.1f}")
+    return table
+
+
+def _serving(plan: dict[str, Any]) -> Table:
+    found = plan["serving"]
+    table = _table(f"Serving on {found['gpus']} x {found['device']}", "what", "value")
+    table.add_row("weights in a published folder", _bytes(plan["memory"]["stored_bytes"]))
+    table.add_row(f"weights in {found['weights']}, MTP left out", _bytes(plan["memory"]["weights_bytes"]))
+    table.add_row(f"weights on each GPU, attention by {found['attention']}", _bytes(found["weights_bytes_per_gpu"]))
+    table.add_row("cache of a token on each GPU that holds it", f"{found['cache_bytes_per_token_per_gpu']:,} B")
+    free = found["free_bytes_per_gpu"]
+    table.add_row("left for the cache on each GPU", _bytes(free) if free > 0 else f"{_bytes(-free)} short")
+    table.add_row(f"longest context that fits, batch {found['batch']}", f"{found['longest_context']:,}")
+    table.add_row("longest context of the model", f"{found['longest_context_trained']:,}")
+    table.add_row(f"largest batch that fits at {found['context']:,}", f"{found['largest_batch']:,}")
+    seconds = found["prefill_seconds"]
+    table.add_row(f"prefill of {found['batch']} x {found['context']:,} tokens, at least", _seconds(seconds))
+    return table
+
+
+def _steps(plan: dict[str, Any]) -> Table:
+    found = plan["serving"]
+    columns = ["batch", "a token takes", "tokens/s", "tokens/s a GPU"]
+    has_experts, has_mtp = "experts_touched" in found["steps"][0], "speculative" in found["steps"][0]
+    columns += ["experts met"] if has_experts else []
+    columns += ["tokens/s with MTP"] if has_mtp else []
+    table = _table(f"Decoding at {found['context']:,} positions, at best", *columns)
+    for step in found["steps"]:
+        row = [f"{step['batch']:,}", _seconds(step["seconds_per_token"]), f"{step['tokens_per_second']:,.0f}"]
+        row.append(f"{step['tokens_per_second_per_gpu']:,.0f}")
+        row += [f"{step['experts_touched']:.1f}"] if has_experts else []
+        row += [f"{step['speculative']['tokens_per_second']:,.0f}"] if has_mtp else []
+        table.add_row(*row)
+    return table
+
+
+def _operations(call: str, operations: list[dict[str, Any]]) -> Table:
+    whole = sum(one["seconds"] for one in operations)
+    title = f"Longest operations of a {call} on the busiest GPU ({_seconds(whole)} in all, links apart)"
+    table = _table(title, "operation", "times", "GFLOP", "GB", "FLOP/B", "takes", "bound by")
+    ranked = sorted(operations, key=lambda one: -one["seconds"])[:OPERATIONS_SHOWN]
+    for one in ranked:
+        table.add_row(
+            one["name"],
+            f"{one['count']}",
+            f"{one['flops'] / 1e9:,.1f}",
+            f"{one['bytes'] / 1e9:,.3f}",
+            f"{one['flops_per_byte']:,.0f}",
+            _seconds(one["seconds"]),
+            one["bound"],
+        )
+    return table
+
+
+_COMPARED = {
+    "parameters": lambda plan: f"{plan['parameters']['total']:,}",
+    "active, input embedding left out": lambda plan: f"{plan['parameters']['active_without_input_embedding']:,}",
+    "layers": lambda plan: str(plan["architecture"]["layers"]),
+    "attention": lambda plan: plan["kv_cache"]["kind"].upper(),
+    "cache elements a token": lambda plan: f"{plan['kv_cache']['elements_per_token']:,}",
+    "cache bytes a token": lambda plan: f"{plan['kv_cache']['bytes_per_token']:,}",
+    "training GFLOP a token, causal": lambda plan: f"{plan['flops']['training_per_token_causal'] / 1e9:,.1f}",
+    "decode GFLOP a token": lambda plan: f"{plan['flops']['decode_per_token'] / 1e9:,.1f}",
+    "weights in memory": lambda plan: f"{_bytes(plan['memory']['weights_bytes'])} {plan['serving']['weights']}",
+    "GPUs to serve": lambda plan: f"{plan['serving']['gpus']} x {plan['serving']['device']}",
+    "longest context that fits": lambda plan: f"{plan['serving']['longest_context']:,}",
+    "largest batch that fits": lambda plan: f"{plan['serving']['largest_batch']:,}",
+    "a token takes, at least": lambda plan: _seconds(plan["serving"]["steps"][0]["seconds_per_token"]),
+}
+
+
+def _bytes(size: float) -> str:
+    """Decimal units: the published figures are in them."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size:,.0f} B"
+
+
+def _seconds(value: float) -> str:
+    if value >= 1:
+        return f"{value:,.2f} s"
+    return f"{value * 1e3:,.2f} ms" if value >= 1e-3 else f"{value * 1e6:,.1f} us"
+
+
+def _exact(value: float) -> str:
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:,.4f}"
