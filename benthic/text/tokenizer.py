@@ -128,14 +128,15 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """The bytes that `ids` stand for."""
-        kept = (one for one in ids if not (skip_special and one in self.special_ids))
-        return b"".join(map(self.token_bytes, kept))
+        table, size, skipped = self._bytes, len(self._bytes), self.special_ids if skip_special else frozenset()
+        kept = [one for one in ids if one not in skipped]
+        if min(kept, default=0) < 0:
+            raise TextError(f"token id {min(kept)} is negative")
+        return b"".join([table[one] for one in kept if one < size])
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; empty for an id past the vocabulary."""
-        if token_id < 0:
-            raise TextError(f"token id {token_id} is negative")
-        return self._bytes[token_id] if token_id < len(self._bytes) else b""
+        return self.decode_bytes([token_id])
 
     def chat_template(self, name: str = "default") -> ChatTemplate:
         """The named chat template, compiled; TextError when this tokenizer has none of that name."""
