@@ -27,7 +27,7 @@ _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Names of tensors that are absent, unknown, of the wrong shape or of the wrong dtype. Falsy when there are none."""
+    """Names of tensors that are absent, unknown, of the wrong shape or dtype. Falsy when there are none."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
