@@ -1,6 +1,6 @@
 """A run folder: one process at a time, one config, rows that end where the saved state does.
 
-    config.yaml  metrics.jsonl  samples.jsonl  routing/  checkpoints/  failures/  model/
+config.yaml  metrics.jsonl  samples.jsonl  routing/  checkpoints/  failures/  model/
 """
 
 from __future__ import annotations

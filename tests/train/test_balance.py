@@ -62,10 +62,6 @@ def test_an_even_load_costs_one_and_gradient_reaches_the_scores():
     assert routing.scores.grad.abs().sum() > 0
 
 
-def test_no_loss_without_a_kind():
-    assert auxiliary_loss("none", random_routing(), SEQUENCES) is None
-
-
 def test_loads_count_every_choice_and_max_violation_is_the_papers():
     loads = count_loads(torch.tensor([[0, 1], [0, 2], [0, 1]]), 4)
     assert loads.tolist() == [3, 2, 1, 0]

@@ -1,4 +1,4 @@
-"""The loss by an independent computation from logits, the label-shift trap, and accumulation equal to the large batch."""
+"""The loss by an independent computation from logits, the label-shift trap, accumulation equal to the large batch."""
 
 from pathlib import Path
 

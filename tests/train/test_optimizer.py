@@ -91,12 +91,12 @@ def test_a_bfloat16_model_adds_up_gradients_and_steps_in_float32():
 def test_moments_and_masters_that_are_taken_over_continue_bit_for_bit():
     results = []
     for stop in (False, True):
-        model, optimizer = build(torch.bfloat16)
+        _, optimizer = build(torch.bfloat16)
         for count in range(4):
             if stop and count == 2:
                 masters = {name: one.clone() for name, one in optimizer.masters.items()}
                 moments = {name: one.clone() for name, one in optimizer.moments().items()}
-                model, optimizer = build(torch.bfloat16)
+                _, optimizer = build(torch.bfloat16)
                 optimizer.load(masters, moments, 2)
             optimizer.zero_gradients()
             for name, master in optimizer.masters.items():
@@ -109,7 +109,7 @@ def test_moments_and_masters_that_are_taken_over_continue_bit_for_bit():
 
 def test_missing_weights_are_named():
     _, optimizer = build()
-    with pytest.raises(CheckpointError, match="lacks 1 weights, first 'lm_head.weight'"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights, first 'lm_head.weight'"):
         optimizer.load({name: one for name, one in optimizer.masters.items() if name != "lm_head.weight"}, {}, 0)
 
 

@@ -39,7 +39,8 @@ def rows(folder):
 def final_state(folder):
     """Every tensor of the newest state by file and name, and its numbers."""
     newest = complete_states(folder / "checkpoints")[-1]
-    tensors = {f"{path.stem}/{name}": one for path in newest.glob("*.safetensors") for name, one in load_file(path).items()}
+    files = {path.stem: load_file(path) for path in newest.glob("*.safetensors")}
+    tensors = {f"{stem}/{name}": one for stem, file in files.items() for name, one in file.items()}
     return tensors, json.loads((newest / "state.json").read_text())
 
 

@@ -57,7 +57,8 @@ def test_prediction_weight_falls_from_03_to_01_after_ten_trillion_tokens():
 
 
 def test_phases_in_shares_of_the_run_keep_their_shape_when_the_run_is_shortened():
-    schedule = Schedule(peak=1.0, start=0.0, phases=(Phase(shape="linear", until=0.5), Phase(shape="cosine", until=1, factor=0)))
+    phases = (Phase(shape="linear", until=0.5), Phase(shape="cosine", until=1, factor=0))
+    schedule = Schedule(peak=1.0, start=0.0, phases=phases)
     for steps in (10, 1000):
         halves = [value(schedule, Place(int(steps * share), 0, steps)) for share in (0.2, 0.5, 1.0)]
         assert halves == pytest.approx([0.4, 1.0, 0.0], abs=1e-12)
