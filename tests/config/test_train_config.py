@@ -33,11 +33,11 @@ def test_a_model_may_be_named_by_its_preset():
         ({"data": small_run().data.replace(sequence_length=1)}, "1 prediction layers need more"),
         (
             {"data": small_run().data.replace(vocab_size=1000)},
-            "data.vocab_size is 1000, but model.vocab_size is only 320",
+            "but model.vocab_size is only 320",
         ),
         (
             {"checkpoint": CheckpointConfig(export_average=True), "optimizer": OptimizerConfig()},
-            "needs optimizer.ema_decay",
+            "optimizer.ema_decay",
         ),
     ],
 )
@@ -47,9 +47,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
 
 
 def test_sequences_are_whole_micro_batches():
-    with pytest.raises(
-        ConfigError, match=r"sequences is 6 at its peak; it must be a multiple of micro_sequences \(4\)"
-    ):
+    with pytest.raises(ConfigError, match=r"sequences is 6 at its peak; .* micro_sequences \(4\)"):
         BatchConfig(sequences=6, micro_sequences=4)
 
 

@@ -27,14 +27,7 @@ def test_an_unknown_recipe_names_the_nearest():
 def test_the_demos_model_has_every_part_of_v3():
     model, v3 = find_recipe("demo")().model, ModelConfig.from_pretrained("deepseek-v3")
     assert model == ModelConfig.from_pretrained("tiny")
-    for part in (
-        "attention_kind",
-        "scoring_func",
-        "topk_method",
-        "norm_topk_prob",
-        "has_routing_bias",
-        "rope_interleave",
-    ):
+    for part in "attention_kind scoring_func topk_method norm_topk_prob has_routing_bias rope_interleave".split():
         assert getattr(model, part) == getattr(v3, part)
     assert model.q_lora_rank
     assert model.n_shared_experts == model.num_nextn_predict_layers == 1
