@@ -52,12 +52,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _files(inspection: Inspection, with_hashes: bool) -> dict[str, dict]:
-    files = {}
-    for path in sorted(path for path in inspection.folder.iterdir() if path.is_file()):
-        files[path.name] = {"bytes": path.stat().st_size}
-        if with_hashes:
-            files[path.name]["sha256"] = file_hash(path)
-    return files
+    paths = sorted(path for path in inspection.folder.iterdir() if path.is_file())
+    return {
+        path.name: {"bytes": path.stat().st_size} | ({"sha256": file_hash(path)} if with_hashes else {})
+        for path in paths
+    }
 
 
 def _as_data(inspection: Inspection, chosen: list[Entry], files: dict, faults: list[str]) -> dict:

@@ -27,7 +27,7 @@ def load_model(
     dtype = dtype or getattr(torch, checkpoint.config.dtype)
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ConfigError(f"dtype is {dtype}; a model computes in torch.float32, torch.bfloat16 or torch.float16")
-    device = torch.device(device)
+    device = _device(device)
     _refuse_small_device(checkpoint.config, device, dtype)
     model = LanguageModel(checkpoint.config, device=device, dtype=dtype)
     load_into(model, checkpoint)
@@ -54,6 +54,13 @@ def save_model(
         max_shard_bytes=max_shard_bytes,
         power_of_two_scales=power_of_two_scales,
     )
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}: {error}", hint="use 'cpu', 'cuda' or 'cuda:1'") from None
 
 
 def _refuse_small_device(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:

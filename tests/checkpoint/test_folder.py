@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from benthic.checkpoint import open_checkpoint, write_checkpoint
+from benthic.checkpoint import load_into, open_checkpoint, write_checkpoint
 from benthic.checkpoint.folder import INDEX, WEIGHTS, read_entries
 from benthic.errors import BenthicError, CheckpointError
-from tests.checkpoint.folders import TINY, random_tensors
+from tests.checkpoint.folders import TINY, Bag, random_tensors
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,6 @@ def test_damaged_files_raise_nothing_but_our_errors(written, tmp_path, data):
     shutil.copy(written / "one" / "config.json", folder)
     (folder / WEIGHTS).write_bytes(content)
     try:
-        open_checkpoint(folder)
+        load_into(Bag(TINY), open_checkpoint(folder))
     except BenthicError as error:
         assert isinstance(error, CheckpointError)  # noqa: PT017

@@ -86,12 +86,13 @@ def test_bfloat16_weights_are_quantised_in_float32_and_given_back_in_any_dtype()
     assert dequantise_blocks(values, scale_inv, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_weights_are_refused_by_position(bad):
+def test_non_finite_weights_are_refused_by_position(bad, power_of_two):
     weight = torch.ones(4, 5)
     weight[2, 3] = weight[3, 1] = bad
     with pytest.raises(NumericsError, match=r"2 of 20 elements are not finite, the first .* at \[2, 3\]"):
-        quantise_blocks(weight)
+        quantise_blocks(weight, power_of_two=power_of_two)
 
 
 def test_scales_of_the_wrong_shape_are_refused():
