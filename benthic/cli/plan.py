@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from benthic.config import ModelConfig
 from benthic.config.published import preset_names
@@ -80,6 +80,8 @@ def main(arguments: list[str]) -> int:
     names = [options.model, *options.compare]
     configs = [ModelConfig.from_pretrained(name) for name in names]
     plans = [make_plan(config, request, name) for config, name in zip(configs, names, strict=True)]
+    for plan, name in zip(plans, names, strict=True):
+        plan["folder"] = weights_found(Path(name))
     if options.plot:
         from benthic.plan.plots import plot_plans
 
@@ -90,6 +92,18 @@ def main(arguments: list[str]) -> int:
     else:
         _print_tables(plans, explanations)
     return 0
+
+
+def weights_found(folder: Path) -> dict[str, Any] | None:
+    """What a model folder's weights really take, from their headers, to stand beside what the plan says they would."""
+    if not any(folder.glob("*.safetensors")):
+        return None
+    from benthic.checkpoint.folder import read_entries, total_bytes
+    from benthic.checkpoint.layout import SCALE_SUFFIX
+
+    entries = read_entries(folder)
+    elements = sum(entry.size for name, entry in entries.items() if not name.endswith(SCALE_SUFFIX))
+    return {"parameters": elements, "bytes": total_bytes(entries.values())}
 
 
 def _print_json(plans: list[dict], explanations: list[dict]) -> None:

@@ -133,6 +133,8 @@ def _parameters(plan: dict[str, Any]) -> Table:
     if count["mtp_unique"]:
         table.add_row("MTP layers, not in the total", f"{count['mtp_unique']:,}", "")
         table.add_row("published folder, MTP and its copies", f"{count['stored']:,}", "")
+    if plan.get("folder"):
+        table.add_row("this folder, by its headers", f"{plan['folder']['parameters']:,}", "")
     return table
 
 
@@ -170,6 +172,8 @@ def _serving(plan: dict[str, Any]) -> Table:
     found = plan["serving"]
     table = _table(f"Serving on {found['gpus']} x {found['device']}", "what", "value")
     table.add_row("weights in a published folder", _bytes(plan["memory"]["stored_bytes"]))
+    if plan.get("folder"):
+        table.add_row("weights in this folder, by their headers", _bytes(plan["folder"]["bytes"]))
     table.add_row(f"weights in {found['weights']}, MTP left out", _bytes(plan["memory"]["weights_bytes"]))
     table.add_row(f"weights on each GPU, attention by {found['attention']}", _bytes(found["weights_bytes_per_gpu"]))
     table.add_row("cache of a token on each GPU that holds it", f"{found['cache_bytes_per_token_per_gpu']:,} B")

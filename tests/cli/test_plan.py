@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
+import benthic
 from benthic.cli.main import main
+from benthic.model import LanguageModel, initialise
+from tests.plan.configs import SMALL as PLANNED
 
 SMALL = {
     "model_type": "llama",
@@ -71,6 +74,24 @@ def test_compare_puts_models_side_by_side(capsys):
 def test_a_folder_is_planned(folder, capsys):
     assert run(folder(), "--json", "--device", "cpu", "--context", "64") == 0
     assert json.loads(capsys.readouterr().out)["kv_cache"]["bytes_per_token"] == 2 * 2 * 16 * 2 * 2
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "fp8"])
+def test_a_folder_s_weights_are_what_was_planned(tmp_path, capsys, weights):
+    model = LanguageModel(PLANNED["v3"])
+    initialise(model, 0)
+    benthic.save_model(model, tmp_path / "model", weights=weights)
+    assert run(str(tmp_path / "model"), "--context", "32", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["folder"] == {"parameters": plan["parameters"]["stored"], "bytes": plan["memory"]["stored_bytes"]}
+    assert run(str(tmp_path / "model"), "--context", "32") == 0
+    assert "this folder, by its headers" in capsys.readouterr().out
+
+
+def test_a_damaged_folder_is_refused(tmp_path, folder, capsys):
+    (tmp_path / "model.safetensors").write_bytes(b"not a header")
+    assert run(folder()) == 2
+    assert "model.safetensors" in capsys.readouterr().err
 
 
 def test_expert_load_shows_what_balancing_and_the_group_limit_do(folder, capsys):
