@@ -145,7 +145,7 @@ def _compressors(config: DataConfig) -> Compression:
     from benthic.data.splits import split
 
     texts: dict[str, list[bytes]] = {"train": [], "validation": []}
-    for which, document in split(open_source(config).read(), config.validation_fraction):
+    for which, document in split(open_source(config).read, config.validation_fraction):
         texts[which].append(document.text.encode())
     return compress(b"".join(texts["validation"]), b"".join(texts["train"]))
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from benthic.config import ModelConfig
 from benthic.config.published import preset_names
 from benthic.errors import ConfigError
 from benthic.plan.devices import DEVICES
 from benthic.plan.kv_cache import CACHE_FORMATS
+from benthic.plan.layout import OBJECTIVES
+from benthic.plan.operations import RECOMPUTATIONS
 from benthic.plan.parameters import WEIGHT_FORMATS
-from benthic.plan.plan import PlanRequest, explain_plan, make_plan, time_operations
+from benthic.plan.plan import explain_plan, make_plan
+from benthic.plan.request import PlanRequest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,20 +31,32 @@ def make_parser() -> argparse.ArgumentParser:
         "model", nargs="?", metavar="MODEL", help="preset name, folder with config.json, or such a file"
     )
     parser.add_argument("--list", action="store_true", help="names of presets and devices")
+    parser.add_argument("--replay", action="store_true", help="predict DeepSeek-V3's own run beside its published cost")
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="put these beside MODEL")
     parser.add_argument("--explain", action="store_true", help="each figure as formula = numbers = value")
     parser.add_argument("--json", action="store_true", help="machine-readable, keys fixed")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of cache and memory (png, svg or pdf)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of cache, memory and cost (png, svg or pdf)")
     plan = parser.add_argument_group("what is planned")
     plan.add_argument("--device", metavar="NAME", help=f"{', '.join(sorted(DEVICES))} (default h100)")
-    plan.add_argument("--gpus", type=int, help="how many serve the model (default: the fewest that hold it)")
-    plan.add_argument("--attention", choices=["tensor", "data"], help="how serving spreads attention over GPUs")
-    plan.add_argument("--context", type=int, help="positions in the cache while decoding (default 4096)")
-    plan.add_argument("--batch", type=int, help="sequences served at a time (default: a sweep)")
-    plan.add_argument("--sequence-length", type=int, help="length of training sequences (default 4096)")
-    plan.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights in memory (default: as stored)")
-    plan.add_argument("--cache", choices=CACHE_FORMATS, help="format of the cache (default bf16)")
-    plan.add_argument("--acceptance", type=float, help="share of MTP drafts accepted (default 0.85)")
+    plan.add_argument("--gpus", type=int, help="all there are (default: the fewest that do)")
+    serve = parser.add_argument_group("serving")
+    serve.add_argument("--context", type=int, help="positions in the cache while decoding (default 4096)")
+    serve.add_argument("--batch", type=int, help="sequences served at a time (default: a sweep)")
+    serve.add_argument("--serving-gpus", type=int, help="how many serve the model (default: the fewest that hold it)")
+    serve.add_argument("--attention", choices=["tensor", "data"], help="how attention is spread over GPUs")
+    serve.add_argument("--weights", choices=WEIGHT_FORMATS, help="format of weights in memory (default: as stored)")
+    serve.add_argument("--cache", choices=CACHE_FORMATS, help="format of the cache (default bf16)")
+    serve.add_argument("--acceptance", type=float, help="share of MTP drafts accepted (default 0.85)")
+    train = parser.add_argument_group("training")
+    train.add_argument("--layout", metavar="AXES", help='such as "pp=16,schedule=dualpipe,fsdp=128,zero=1,ep=64"')
+    train.add_argument("--objective", choices=OBJECTIVES, help="search all layouts (default: the best of a few)")
+    train.add_argument("--sequence-length", type=int, help="tokens in a sequence (default 4096)")
+    train.add_argument("--sequences", type=int, help="sequences in a step, all GPUs together")
+    train.add_argument("--micro-batch", type=int, help="sequences a GPU works on at a time (default 1)")
+    train.add_argument("--precision", choices=["bf16", "fp8", "fp32"], help="of matrix products (default: as stored)")
+    train.add_argument("--recomputation", choices=RECOMPUTATIONS, help="in the backward (default: the least that fits)")
+    train.add_argument("--tokens", type=float, help="of the whole run (default 1e12)")
+    train.add_argument("--dollars-per-hour", type=float, help="price of a GPU (default: the device's)")
     return parser
 
 
@@ -51,6 +65,9 @@ def main(arguments: list[str]) -> int:
     options = make_parser().parse_args(arguments)
     if options.list:
         _list(options.json)
+        return 0
+    if options.replay:
+        _replay(options.json)
         return 0
     if options.model is None:
         raise ConfigError("no MODEL given", hint="benthic plan --list shows the presets")
@@ -63,19 +80,12 @@ def main(arguments: list[str]) -> int:
         from benthic.plan.plots import plot_plans
 
         plot_plans(configs, plans, options.plot)
-    explanations = [_explanation(config, request) for config in configs] if options.explain else []
+    explanations = [explain_plan(config, request) for config in configs] if options.explain else []
     if options.json:
         _print_json(plans, explanations)
     else:
         _print_tables(plans, explanations)
     return 0
-
-
-def _explanation(config: ModelConfig, request: PlanRequest) -> dict[str, Any]:
-    return {
-        "lines": [asdict(line) for line in explain_plan(config, request)],
-        "operations": time_operations(config, request),
-    }
 
 
 def _print_json(plans: list[dict], explanations: list[dict]) -> None:
@@ -93,6 +103,19 @@ def _print_tables(plans: list[dict], explanations: list[dict]) -> None:
         print_plan(plans[0])
     for plan, explanation in zip(plans, explanations, strict=False):
         print_explanation(plan["model"], explanation)
+
+
+def _replay(as_json: bool) -> None:
+    from benthic.plan.replay import replay
+    from benthic.plan.training_plan import describe_replay
+
+    found = describe_replay(replay())
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from benthic.plan.tables import print_replay
+
+    print_replay(found)
 
 
 def _list(as_json: bool) -> None:

@@ -7,9 +7,10 @@ from benthic.config import ModelConfig
 from benthic.config.published import preset_names
 from benthic.plan.explain import explain_model
 from benthic.plan.kv_cache import CACHE_FORMATS
-from tests.plan.configs import configs
+from tests.plan.configs import configs, drawn
 
 
+@drawn
 @given(configs())
 def test_the_numbers_of_any_model_evaluate_to_its_figures(config):
     for line in explain_model(config, sequence_length=37, context=19):

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from benthic.config import ModelConfig
 from benthic.errors import ConfigError
 from benthic.plan.devices import find_device
-from benthic.plan.flops import decode_step, forward_operations, total_flops
 from benthic.plan.inference import (
     Serving,
     decode,
@@ -22,8 +21,9 @@ from benthic.plan.inference import (
     speculative_decode,
     weight_bytes_per_gpu,
 )
+from benthic.plan.operations import decode_step, forward_operations, total_flops
 from benthic.plan.parameters import weight_bytes
-from tests.plan.configs import SMALL
+from tests.plan.configs import SMALL, drawn
 
 H200 = find_device("h200")
 LITE, V3, QWEN = (ModelConfig.from_pretrained(name) for name in ("deepseek-v2-lite", "deepseek-v3", "qwen2.5-72b"))
@@ -70,6 +70,7 @@ def test_nothing_fits_where_the_weights_do_not():
     assert longest_context(V3, serving) == largest_batch(V3, serving, 1) == 0
 
 
+@drawn
 @given(st.sampled_from([1, 2, 4]), st.sampled_from(["tensor", "data"]), st.integers(1, 9))
 def test_the_gpus_together_do_the_model_s_work(gpus, attention, rows):
     config = SMALL["v3"]
@@ -81,6 +82,7 @@ def test_the_gpus_together_do_the_model_s_work(gpus, attention, rows):
     assert total_flops(share) * gpus == pytest.approx(total_flops(whole))
 
 
+@drawn
 @given(st.integers(1, 2000), st.integers(1, 2000))
 def test_a_larger_batch_takes_longer_and_yields_more_a_second(first, second):
     small, large = sorted((first, second))
@@ -90,6 +92,7 @@ def test_a_larger_batch_takes_longer_and_yields_more_a_second(first, second):
     assert steps[0].tokens_per_second <= steps[1].tokens_per_second * (1 + 1e-9)
 
 
+@drawn
 @given(st.integers(1, 100_000), st.integers(1, 100_000))
 def test_a_longer_context_is_never_faster(first, second):
     short, long = sorted((first, second))

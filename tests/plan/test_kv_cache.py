@@ -16,7 +16,7 @@ from benthic.plan.kv_cache import (
     elements_per_token,
     expanded_elements_per_token,
 )
-from tests.plan.configs import SMALL, configs
+from tests.plan.configs import SMALL, configs, drawn
 
 KINDS = ["mha", "gqa", "mqa", "mla"]
 
@@ -85,6 +85,7 @@ def test_key_value_heads_are_divided_until_one_is_left():
     assert bytes_per_token_of_rank(config, 8) == bytes_per_token_of_rank(config, 16) == 516_096 / 8
 
 
+@drawn
 @given(configs(), st.sampled_from(KINDS))
 def test_fewer_bits_take_less_in_proportion(config, kind):
     for name, bits in CACHE_BITS.items():
@@ -92,12 +93,14 @@ def test_fewer_bits_take_less_in_proportion(config, kind):
         assert size == pytest.approx(cache_bytes_per_token(config, "fp32", kind) * bits / 32)
 
 
+@drawn
 @given(configs())
 def test_sharing_heads_never_costs_more(config):
     mha, gqa, mqa = (elements_per_token(config, kind) for kind in ("mha", "gqa", "mqa"))
     assert mha >= gqa >= mqa > 0
 
 
+@drawn
 @given(configs(), st.sampled_from(KINDS))
 def test_a_layer_more_is_a_layer_more(config, kind):
     deeper = config.replace(num_hidden_layers=config.num_hidden_layers + 1)
@@ -105,6 +108,7 @@ def test_a_layer_more_is_a_layer_more(config, kind):
     assert elements_per_token(deeper, kind) - elements_per_token(config, kind) == one
 
 
+@drawn
 @given(configs())
 def test_the_cache_depends_on_neither_experts_nor_vocabulary(config):
     other = config.replace(vocab_size=2 * config.vocab_size, intermediate_size=7)

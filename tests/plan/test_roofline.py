@@ -3,7 +3,7 @@
 import pytest
 
 from benthic.plan.devices import find_device
-from benthic.plan.flops import Operation
+from benthic.plan.operations import Operation
 from benthic.plan.roofline import roofline, time_operation, total_seconds
 
 H200 = find_device("h200")

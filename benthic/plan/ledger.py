@@ -1,0 +1,38 @@
+"""Ledger: what is alive in memory while a step is played, and its highest moment."""
+
+from __future__ import annotations
+
+from benthic.plan.breakdown import Term
+
+
+class Ledger:
+    """Bytes alive by (part, name), and a copy of them at the highest moment."""
+
+    def __init__(self) -> None:
+        self.alive: dict[tuple[str, str], float] = {}
+        self.formulas: dict[tuple[str, str], str] = {}
+        self.peak: dict[tuple[str, str], float] = {}
+        self.highest = ""
+        self._total = self._peak_total = 0.0
+
+    def hold(self, part: str, name: str, size: float, formula: str = "") -> None:
+        """`size` more bytes are alive (fewer, if negative)."""
+        self.alive[part, name] = self.alive.get((part, name), 0.0) + size
+        self._total += size
+        if formula:
+            self.formulas[part, name] = formula
+
+    def moment(self, name: str, **workspace: float) -> None:
+        """A moment at which `workspace` is alive too."""
+        total = self._total + sum(workspace.values())
+        if total > self._peak_total:
+            extra = {("workspace", key.replace("_", " ")): size for key, size in workspace.items()}
+            self.peak, self.highest, self._peak_total = self.alive | extra, name, total
+
+    def terms(self, tokens: float) -> tuple[Term, ...]:
+        """What was alive at the highest moment; what has no formula is shown by its bytes a token."""
+        return tuple(
+            Term(*key, self.formulas.get(key) or f"{size / tokens:,.0f} B a token x {tokens:,.0f} tokens", size)
+            for key, size in self.peak.items()
+            if size > 0.5
+        )
