@@ -85,7 +85,7 @@ class ParallelConfig(Settings):
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             needless = (name == "schedule" and self.pipeline == 1) or (name == "zero" and self.shard == 1)
-            if value != field.default and not needless or (name == "zero" and self.shard > 1):
+            if (value != field.default and not needless) or (name == "zero" and self.shard > 1):
                 items.append(f"{short.get(name, name)}={value}")
         return ",".join(items) or "one GPU"
 

@@ -106,9 +106,7 @@ def _attention(config: ModelConfig, precision: TrainingPrecision) -> Iterator[Sa
     yield Saved("attention", "attention logsumexp", heads * 4, "attention")
 
 
-def _other_side(
-    config: ModelConfig, block: str, name: str, width: int, size: float, matrix_input: float
-) -> Saved:
+def _other_side(config: ModelConfig, block: str, name: str, width: int, size: float, matrix_input: float) -> Saved:
     """A sublayer's norm keeps its input, and the matrices behind it their own: one is the state, this the other.
 
     Before the sublayer that is the norm's output, which recomputation may drop; after it, the sublayer's result.
@@ -138,9 +136,7 @@ def _latent_inputs(
         yield Saved("attention", "halves to rotate in float32", turning * 4, "expanded")
 
 
-def _plain_inputs(
-    config: ModelConfig, precision: TrainingPrecision, size: int, matrix_input: float
-) -> Iterator[Saved]:
+def _plain_inputs(config: ModelConfig, precision: TrainingPrecision, size: int, matrix_input: float) -> Iterator[Saved]:
     heads, key_heads, head = config.num_attention_heads, config.num_key_value_heads, config.query_head_dim
     if config.qk_norm:
         yield Saved("attention", "query and key before their norms", (heads + key_heads) * head * size, "attention")

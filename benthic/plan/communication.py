@@ -25,7 +25,7 @@ def expected_places(config: ModelConfig, places: int, group_limit: bool = True) 
     """Distinct places, of `places` equal contiguous blocks of experts, that hold a chosen expert of a token.
 
     Exact for K experts drawn uniformly. Under the group limit each kept group is taken to be used, since it was kept
-    for its best experts; `expert_load.simulate` with the model's own rule agrees within 4%.
+    for its best experts; `expert_load.simulate` with the model's own rule agrees within 8%.
     """
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
     if not experts or places < 1 or experts % places:

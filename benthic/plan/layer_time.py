@@ -40,6 +40,7 @@ ATTENTION_BACKWARD = 1.3
 """Attention's backward as computed, over the two forwards that model FLOPs count: for widths 192 and 128 the five
 products take (3 x 192 + 2 x 128) / (192 + 128) = 2.6 forwards. Its measured rates are counted so."""
 
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Seconds of a micro-batch on one rank, by part of the model and phase: "forward", "backward" (input gradients
@@ -142,7 +143,9 @@ def _timed(operations: Iterable[Operation], device: Device, phase: str) -> list[
         flops = one.total_flops
         if one.work == "attention_backward":
             flops *= ATTENTION_BACKWARD
-        seconds = max(flops / device.rate(one.work, one.precision).value, one.total_bytes / device.memory_bandwidth.value)
+        seconds = max(
+            flops / device.rate(one.work, one.precision).value, one.total_bytes / device.memory_bandwidth.value
+        )
         is_weight = one.work in ("weight_gradient", "grouped_weight_gradient")
         part = {"attention core": "attention core"}.get(one.name.removesuffix(" backward").removesuffix(" again"))
         part = part or ("routed experts" if one.part == "routed" else "other matrices")
@@ -190,4 +193,7 @@ def _exchange(
     if layout.context > 1:
         ranks = layout.context * layout.tensor
         around = context_parallel_bytes(config, layout, tokens) / group_bandwidth(device, ranks)
-    return [Piece("exchange", "forward exchange", seconds + around), Piece("exchange", "backward exchange", seconds + 2 * around)]
+    return [
+        Piece("exchange", "forward exchange", seconds + around),
+        Piece("exchange", "backward exchange", seconds + 2 * around),
+    ]

@@ -174,14 +174,14 @@ def _largest_fit(
     last = recomputations[-1] if recomputations else training.recomputation
     pieces = 64
     length = _largest(
-        1, training.sequence_length // pieces, lambda n: fits(micro_batch=1, sequence_length=n * pieces, recomputation=last)
+        1,
+        training.sequence_length // pieces,
+        lambda n: fits(micro_batch=1, sequence_length=n * pieces, recomputation=last),
     )
     if length:
         return f"what fits: micro_batch 1, sequence_length {length * pieces}, recomputation {last!r}"
     shortest = {"micro_batch": 1, "sequence_length": min(pieces, training.sequence_length), "recomputation": last}
-    layers = _largest(
-        1, config.num_hidden_layers - 1, lambda n: fits(config.replace(num_hidden_layers=n), **shortest)
-    )
+    layers = _largest(1, config.num_hidden_layers - 1, lambda n: fits(config.replace(num_hidden_layers=n), **shortest))
     if layers:
         return f"what fits: {layers} of {config.num_hidden_layers} layers, or the same model over more GPUs"
     return "no number of layers fits; use more GPUs, or a smaller hidden_size or vocab_size"

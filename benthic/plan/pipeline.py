@@ -50,10 +50,15 @@ def bubble(layout: ParallelConfig, stage: StageTime) -> tuple[float, str]:
         case "zb1p":
             seconds, formula = (ranks - 1) * (forward + backward - 2 * weight), f"({ranks} - 1) (F + B - 2 W)"
         case "dualpipe":
-            seconds, formula = (ranks / 2 - 1) * (stage.both + backward - 3 * weight), f"({ranks} / 2 - 1) (FB + B - 3 W)"
+            seconds, formula = (
+                (ranks / 2 - 1) * (stage.both + backward - 3 * weight),
+                f"({ranks} / 2 - 1) (FB + B - 3 W)",
+            )
         case "dualpipev":
             seconds, formula = (ranks - 1) * (stage.both + backward - 3 * weight), f"({ranks} - 1) (FB + B - 3 W)"
-    return max(0.0, seconds), f"{formula}, F {forward:.4g} s, B {backward:.4g} s, W {weight:.4g} s, FB {stage.both:.4g} s"
+    return max(
+        0.0, seconds
+    ), f"{formula}, F {forward:.4g} s, B {backward:.4g} s, W {weight:.4g} s, FB {stage.both:.4g} s"
 
 
 def steady(layout: ParallelConfig, stage: StageTime, micro_batches: int) -> float:

@@ -128,9 +128,7 @@ class Playback:
         for layer in reversed(self.held.layers):
             self._layer_backward(layer)
         if self.held.first:
-            self._weight_gradient(
-                "embedding", "backward of the embedding", states=self.width * self.size * self.tokens
-            )
+            self._weight_gradient("embedding", "backward of the embedding", states=self.width * self.size * self.tokens)
             self.ledger.hold("activations", "token numbers", -8 * self.tokens)
 
     def _loss_backward(self) -> None:

@@ -169,7 +169,10 @@ def _effects(config: ModelConfig, device: Device, overheads: Overheads, main: Ph
     """Pretraining hours under another assumption, over those predicted, minus 1."""
 
     def other(
-        training: Training = main.training, overheads: Overheads = overheads, device: Device = device, schedule: str = "dualpipe"
+        training: Training = main.training,
+        overheads: Overheads = overheads,
+        device: Device = device,
+        schedule: str = "dualpipe",
     ) -> float:
         layout = main.layout.replace(schedule=schedule)
         step = step_time(config, training, device, layout, main.sequences, overheads)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from benthic.errors import ConfigError
 from benthic.plan.flops import Recomputation
 
 TrainingPrecision = Literal["bf16", "fp8", "fp32"]
 """bf16 and fp32 are the trainer's; fp8 is DeepSeek-V3's framework (report, section 3.3)."""
+TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
+RECOMPUTATIONS: tuple[Recomputation, ...] = get_args(Recomputation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,5 +32,8 @@ class Training:
         for name in ("sequence_length", "micro_batch", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, allowed in (("precision", TRAINING_PRECISIONS), ("recomputation", RECOMPUTATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.expert_imbalance < 0:
             raise ConfigError(f"expert_imbalance is {self.expert_imbalance}; it must be at least 0")

@@ -71,7 +71,10 @@ def kept_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
         states = model.states(ids, num_predictions=depths)
         loss, _ = linear_cross_entropy(states.hidden.flatten(0, 1), model.head_weight, ids.flatten())
         for hidden in states.predictions:
-            loss = loss + linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, ids[:, : hidden.shape[1]].flatten())[0]
+            loss = (
+                loss
+                + linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, ids[:, : hidden.shape[1]].flatten())[0]
+            )
     fixed = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     rotations = model._rotations.rows(0, LENGTH, ids.device).untyped_storage().data_ptr()
     return sum(
