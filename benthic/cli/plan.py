@@ -15,7 +15,7 @@ from benthic.plan.kv_cache import CACHE_FORMATS
 from benthic.plan.layout import OBJECTIVES
 from benthic.plan.operations import RECOMPUTATIONS
 from benthic.plan.parameters import WEIGHT_FORMATS
-from benthic.plan.plan import explain_plan, make_plan
+from benthic.plan.plan import explain_plan, make_plan, plan_expert_load
 from benthic.plan.request import PlanRequest
 
 
@@ -31,6 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         "model", nargs="?", metavar="MODEL", help="preset name, folder with config.json, or such a file"
     )
     parser.add_argument("--list", action="store_true", help="names of presets and devices")
+    parser.add_argument("--expert-load", action="store_true", help="simulate how evenly MODEL's experts are chosen")
     parser.add_argument("--replay", action="store_true", help="predict DeepSeek-V3's own run beside its published cost")
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="put these beside MODEL")
     parser.add_argument("--explain", action="store_true", help="each figure as formula = numbers = value")
@@ -71,6 +72,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.model is None:
         raise ConfigError("no MODEL given", hint="benthic plan --list shows the presets")
+    if options.expert_load:
+        _expert_load(options.model, options.json)
+        return 0
     given = {name: getattr(options, name) for name in PlanRequest.model_fields}
     request = PlanRequest(**{name: value for name, value in given.items() if value is not None})
     names = [options.model, *options.compare]
@@ -116,6 +120,16 @@ def _replay(as_json: bool) -> None:
     from benthic.plan.tables import print_replay
 
     print_replay(found)
+
+
+def _expert_load(model: str, as_json: bool) -> None:
+    loads = plan_expert_load(ModelConfig.from_pretrained(model))
+    if as_json:
+        print(json.dumps({"model": model, "expert_load": loads}, indent=2))
+        return
+    from benthic.plan.tables import print_expert_load
+
+    print_expert_load(model, loads)
 
 
 def _list(as_json: bool) -> None:

@@ -8,7 +8,7 @@ asked for, a short list is tried: tensor parallelism over a whole node or none, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from benthic.config import ModelConfig
 from benthic.config.parallel import ParallelConfig
@@ -46,20 +46,21 @@ def choose_layout(config: ModelConfig, request: PlanRequest, device: Device, pre
     if request.objective is not None:
         sequences = request.sequences or max(1, STEP_TOKENS // request.sequence_length)
         training = _training(request, precision, ParallelConfig(), "none")
-        allowed = [request.recomputation] if request.recomputation else RECOMPUTATIONS
-        return search(config, training, device, sequences, request.gpus, request.objective, allowed)
+        return search(config, training, device, sequences, request.gpus, request.objective, _recomputations(request))
     return _quick(config, request, device, precision)
 
 
-def reasons(chosen: Choice, request: PlanRequest) -> list[str]:
+def reasons(chosen: Choice, request: PlanRequest, device: Device) -> list[str]:
     """Why this layout and recomputation, in sentences."""
+    fits = chosen.memory.total <= device.memory_bytes
     if request.layout is not None:
         why = "as asked"
     elif request.objective is not None:
         why = f"{request.objective} of all layouts"
     else:
-        why = "the fastest of a few layouts on these GPUs; --objective searches all"
-    recomputation = "as asked" if request.recomputation else "the least that fits, or all there is"
+        why = "the fastest of a few" if fits else "none that fits of a few"
+        why += " layouts on these GPUs; --objective searches all"
+    recomputation = "as asked" if request.recomputation else "the least that fits" if fits else "all there is"
     return [
         f"trained on {chosen.layout.world:,} GPUs laid out as {chosen.layout}: {why}",
         f"recomputation {chosen.training.recomputation}: {recomputation}",
@@ -69,14 +70,26 @@ def reasons(chosen: Choice, request: PlanRequest) -> list[str]:
 def _quick(config: ModelConfig, request: PlanRequest, device: Device, precision: TrainingPrecision) -> Choice:
     worlds = [request.gpus] if request.gpus else _worlds(config, device)
     for world in worlds:
-        tried = [
+        fitting = [
             _least_recomputation(config, request, device, precision, layout)
             for layout in _short_list(config, request, device, world)
+            if _can_fit(config, request, device, precision, layout)
         ]
-        fitting = [one for one in tried if one.memory.total <= device.memory_bytes]
         if fitting:
             return max(fitting, key=lambda one: one.step.tokens_per_second_per_gpu)
     return _least_recomputation(config, request, device, precision, _sharded(config, worlds[-1]))
+
+
+def _can_fit(
+    config: ModelConfig, request: PlanRequest, device: Device, precision: TrainingPrecision, layout: ParallelConfig
+) -> bool:
+    """Whether the most recomputation fits."""
+    training = _training(request, precision, layout, _recomputations(request)[-1])
+    return training_memory(config, training, layout).total <= device.memory_bytes
+
+
+def _recomputations(request: PlanRequest) -> Sequence[Recomputation]:
+    return [request.recomputation] if request.recomputation else RECOMPUTATIONS
 
 
 def _worlds(config: ModelConfig, device: Device) -> list[int]:
@@ -121,15 +134,15 @@ def _least_recomputation(
     config: ModelConfig, request: PlanRequest, device: Device, precision: TrainingPrecision, layout: ParallelConfig
 ) -> Choice:
     """The first recomputation that fits, or the last there is."""
-    choices = [request.recomputation] if request.recomputation else RECOMPUTATIONS
-    for recomputation in choices:
+    *fewer, last = _recomputations(request)
+    for recomputation in fewer:
         training = _training(request, precision, layout, recomputation)
-        memory = training_memory(config, training, layout)
-        if memory.total <= device.memory_bytes:
+        if training_memory(config, training, layout).total <= device.memory_bytes:
             break
+    else:
+        training = _training(request, precision, layout, last)
     step = step_time(config, training, device, layout, layout.data * training.micro_batch * training.micro_batches)
-    memory = training_memory(config, training, layout, step.stages)
-    return Choice(layout, training, memory, step)
+    return Choice(layout, training, training_memory(config, training, layout, step.stages), step)
 
 
 def _training(

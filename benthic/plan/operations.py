@@ -25,8 +25,6 @@ from benthic.plan.parameters import RepeatedParameter, WeightFormat, active_size
 Convention = Literal["causal", "full"]
 Recomputation = Literal["none", "up_projections", "attention", "layer"]
 RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "up_projections", "attention", "layer")
-ACTIVATION_BYTES = 2
-"""Activations travel in bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +114,22 @@ def forward_operations(
             seen = found.get(key)
             found[key] = replace(seen, count=seen.count + one.count) if seen else one
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if include_mtp else 0)
-    core = _attention_core(config, call, cache, layers)
-    return [*found.values(), *core, *_feed_forward_traffic(config, call, layers), *_heads(config, call, include_mtp)]
+    return [
+        *found.values(),
+        *_attention_core(config, call, weights, cache, layers),
+        *_feed_forward_traffic(config, call, weights, layers),
+        *_heads(config, call, weights, include_mtp),
+    ]
+
+
+def element_bytes(weights: WeightFormat) -> int:
+    """Bytes of an element that travels between operations: float32 with float32 weights, else bf16."""
+    return 4 if weights == "fp32" else 2
+
+
+def wide_precision(weights: WeightFormat) -> Precision:
+    """The precision of all that is not quantised."""
+    return "fp32" if weights == "fp32" else "bf16"
 
 
 def expected_experts(config: ModelConfig, tokens: int) -> float:
@@ -180,15 +192,17 @@ def _of_parameter(
 ) -> Iterable[Operation]:
     """The operation of a manifest row: a matrix product, or a norm or bias, whose time is that of its bytes."""
     row, name = parameter.row, parameter.name.removesuffix(".weight").removeprefix("model.")
+    wide: Precision = wide_precision(weights)
     vector_flops = 2.0 * call.tokens * row.size
     if row.group == "gain":
         # A layer's norm is fused with the residual sum: read both, write both. Norms of latents read and write one.
         passes = 2 if parameter.part == "attention" else 4
-        moved = passes * call.tokens * row.size * ACTIVATION_BYTES
-        yield Operation(name, "norm", "memory", "bf16", parameter.count, vector_flops, 2.0 * row.size, moved)
+        moved = passes * call.tokens * row.size * element_bytes(weights)
+        size = float(row_bytes(config, row, weights))
+        yield Operation(name, "norm", "memory", wide, parameter.count, vector_flops, size, moved)
     elif len(row.shape) == 1:
         size = float(row_bytes(config, row, weights))
-        yield Operation(name, parameter.part, "memory", "bf16", parameter.count, vector_flops, size, 0.0)
+        yield Operation(name, parameter.part, "memory", wide, parameter.count, vector_flops, size, 0.0)
     elif row.part != "embedding":
         is_routed = row.part == "routed"
         used = expected_experts(config, call.tokens) / config.n_routed_experts if is_routed else 1.0
@@ -197,29 +211,31 @@ def _of_parameter(
             name=name,
             part=parameter.part,
             work="grouped" if is_routed else "matmul",
-            precision="fp8" if weights == "fp8" and row.fp8 else "bf16",
+            precision="fp8" if weights == "fp8" and row.fp8 else wide,
             count=parameter.count,
             flops=2.0 * call.tokens * active_size(config, row),
             weight_bytes=used * row_bytes(config, row, weights),
-            activation_bytes=inputs * (row.shape[-1] + row.shape[-2]) * ACTIVATION_BYTES,
+            activation_bytes=inputs * (row.shape[-1] + row.shape[-2]) * element_bytes(weights),
         )
 
 
-def _attention_core(config: ModelConfig, call: Call, cache: CacheFormat, layers: int) -> Iterable[Operation]:
+def _attention_core(
+    config: ModelConfig, call: Call, weights: WeightFormat, cache: CacheFormat, layers: int
+) -> Iterable[Operation]:
     heads, key, value = config.num_attention_heads, config.query_head_dim, config.value_head_dim
     absorbed = call.cached is not None and config.kv_lora_rank is not None
     if absorbed:
         key, value = config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank
-    moved = call.tokens * heads * (key + value) * ACTIVATION_BYTES
+    moved = call.tokens * heads * (key + value) * element_bytes(weights)
     if call.cached is None:
-        moved += call.tokens * config.num_key_value_heads * (key + value) * ACTIVATION_BYTES
+        moved += call.tokens * config.num_key_value_heads * (key + value) * element_bytes(weights)
     else:
         moved += call.sequences * call.cached * cache_bytes_per_layer(config, cache)
     yield Operation(
         name="attention core",
         part="attention",
         work="attention" if call.cached is None else "decode",
-        precision="bf16",
+        precision=wide_precision(weights),
         count=layers,
         flops=2.0 * call.tokens * call.attended * heads * (key + value),
         weight_bytes=0.0,
@@ -228,36 +244,45 @@ def _attention_core(config: ModelConfig, call: Call, cache: CacheFormat, layers:
     turned = heads * config.rotary_dim + (
         config.rotary_dim if config.kv_lora_rank else config.num_key_value_heads * config.rotary_dim
     )
-    yield _traffic("rotary", "attention", layers, 2 * call.tokens * turned)
+    yield _traffic("rotary", "attention", weights, layers, 2 * call.tokens * turned)
 
 
-def _feed_forward_traffic(config: ModelConfig, call: Call, layers: int) -> Iterable[Operation]:
+def _feed_forward_traffic(config: ModelConfig, call: Call, weights: WeightFormat, layers: int) -> Iterable[Operation]:
     """SwiGLU (read two, write one), and copying tokens to their experts and back."""
     expert_layers = sum(config.is_expert_layer(layer) for layer in range(layers))
     if layers > expert_layers:
         moved = 3 * call.tokens * config.intermediate_size
-        yield _traffic("dense activation", "dense", layers - expert_layers, moved)
+        yield _traffic("dense activation", "dense", weights, layers - expert_layers, moved)
     if not expert_layers:
         return
     chosen, width = config.num_experts_per_tok, config.moe_intermediate_size
-    yield _traffic("expert activation", "routed", expert_layers, 3 * call.tokens * chosen * width)
-    yield _traffic("dispatch and combine", "routed", expert_layers, 2 * call.tokens * (1 + chosen) * config.hidden_size)
+    yield _traffic("expert activation", "routed", weights, expert_layers, 3 * call.tokens * chosen * width)
+    yield _traffic(
+        "dispatch and combine", "routed", weights, expert_layers, 2 * call.tokens * (1 + chosen) * config.hidden_size
+    )
     if config.n_shared_experts:
         moved = 3 * call.tokens * config.n_shared_experts * width
-        yield _traffic("shared activation", "shared", expert_layers, moved)
+        yield _traffic("shared activation", "shared", weights, expert_layers, moved)
 
 
-def _traffic(name: str, part: str, count: int, elements: float) -> Operation:
-    return Operation(name, part, "memory", "bf16", count, 0.0, 0.0, elements * ACTIVATION_BYTES)
+def _traffic(name: str, part: str, weights: WeightFormat, count: int, elements: float) -> Operation:
+    return Operation(name, part, "memory", wide_precision(weights), count, 0.0, 0.0, elements * element_bytes(weights))
 
 
-def _heads(config: ModelConfig, call: Call, include_mtp: bool) -> Iterable[Operation]:
+def _heads(config: ModelConfig, call: Call, weights: WeightFormat, include_mtp: bool) -> Iterable[Operation]:
     """Heads beyond the manifest's own row: a tied head, and the shared head once more for each prediction layer."""
     count = int(config.tie_word_embeddings) + (config.num_nextn_predict_layers if include_mtp else 0)
     if count:
-        size = config.vocab_size * config.hidden_size
-        moved = call.tokens * (config.vocab_size + config.hidden_size) * ACTIVATION_BYTES
-        yield Operation("shared head", "head", "matmul", "bf16", count, 2.0 * call.tokens * size, 2.0 * size, moved)
+        yield Operation(
+            name="shared head",
+            part="head",
+            work="matmul",
+            precision=wide_precision(weights),
+            count=count,
+            flops=2.0 * call.tokens * config.vocab_size * config.hidden_size,
+            weight_bytes=float(config.vocab_size * config.hidden_size * element_bytes(weights)),
+            activation_bytes=call.tokens * (config.vocab_size + config.hidden_size) * element_bytes(weights),
+        )
 
 
 def require_positive(name: str, value: float) -> None:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from benthic.config import ModelConfig
 from benthic.plan.devices import Device
+from benthic.plan.expert_load import Routing, simulate
 from benthic.plan.explain import explain_model, explain_serving
 from benthic.plan.flops import decode_flops_per_token, forward_flops_per_token, training_flops_per_token
 from benthic.plan.inference import (
@@ -193,6 +195,23 @@ def _assumptions(serving: Serving) -> list[str]:
     if serving.gpus > 1:
         link = device.network_bandwidth if serving.gpus > device.devices_per_node else device.node_bandwidth
         found.append(f"links {link.value / 1e9:.0f} GB/s a GPU: {link.source}; nothing overlapped")
+    return found
+
+
+def plan_expert_load(config: ModelConfig) -> list[dict[str, Any]]:
+    """Simulated loads under random, skewed and balanced routing, with and without the limit on groups if there is one.
+
+    Experts lie on up to 64 devices of 8 nodes, as many as divide them. Raises ConfigError for a dense model.
+    """
+    devices = math.gcd(64, config.n_routed_experts or 1)
+    nodes = math.gcd(8, devices)
+    limits = (True, False) if config.topk_group < config.n_group else (False,)
+    found = []
+    for routing in get_args(Routing):
+        for limit in limits:
+            load = simulate(config, routing, devices=devices, nodes=nodes, group_limit=limit)
+            places = {"group_limit": limit, "devices": devices, "nodes": nodes, "idle_experts": load.idle_experts}
+            found.append(asdict(load) | places)
     return found
 
 

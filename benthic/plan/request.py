@@ -77,12 +77,14 @@ def resolve_serving(config: ModelConfig, request: PlanRequest) -> tuple[Serving,
 
 def _serving_gpus(config: ModelConfig, request: PlanRequest, serving: Serving) -> tuple[int, str]:
     fewest = fewest_gpus(config, serving, request.batch or 1, request.context)
-    limit = request.gpus or fewest or 1
-    if fewest and fewest <= limit:
+    if fewest is None:
+        return 1, "served by 1 GPU, which does not hold it: no power of two up to 1,024 does"
+    limit = request.gpus or fewest
+    if fewest <= limit:
         return fewest, f"served by {fewest} GPUs: the smallest power of two that holds weights and cache"
     powers = (2**power for power in range(limit.bit_length()))
     most = max(gpus for gpus in powers if _divides(config, serving, gpus))
-    return most, f"served by {most} GPUs, which do not hold it: no power of two up to {limit} does"
+    return most, f"served by {most} GPUs, which do not hold it: {fewest} are the fewest that do"
 
 
 def _divides(config: ModelConfig, serving: Serving, gpus: int) -> bool:

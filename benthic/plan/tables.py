@@ -57,6 +57,25 @@ def print_replay(replay: dict[str, Any]) -> None:
         console.print(f"  {text}", markup=False, soft_wrap=True)
 
 
+def print_expert_load(model: str, loads: list[dict[str, Any]]) -> None:
+    """Loads of experts and devices, and what a token sends, under each kind of routing."""
+    first = loads[0]
+    title = f"{model}: {first['tokens']:,} tokens over {first['devices']} devices on {first['nodes']} nodes"
+    columns = ("routing", "group limit", "fullest expert", "fullest device", "idle", "devices a token", "nodes a token")
+    table = _table(title, *columns)
+    for one in loads:
+        table.add_row(
+            one["routing"],
+            "yes" if one["group_limit"] else "no",
+            f"{1 + one['max_violation']:.2f} x mean",
+            f"{1 + one['device_violation']:.2f} x mean",
+            str(one["idle_experts"]),
+            f"{one['devices_per_token']:.2f}",
+            f"{one['nodes_per_token']:.2f}",
+        )
+    Console(highlight=False).print(table)
+
+
 def print_explanation(model: str, explanation: dict[str, Any]) -> None:
     """Formulas with their numbers, and the operations that take the most time."""
     console = Console(highlight=False)
@@ -182,8 +201,9 @@ def _steps(plan: dict[str, Any]) -> Table:
 
 def _training(plan: dict[str, Any]) -> Iterator[Table]:
     found, cost = plan["training"], plan["cost"]
-    title = f"Training on {found['gpus']:,} x {found['device']} ({found['layout']}): memory of the fullest GPU"
+    title = f"Training on {found['gpus']:,} x {found['device']}: memory of the fullest GPU"
     table = _table(title, "what", "bytes")
+    table.caption = f"laid out as {found['layout']}"
     for part, size in plan["memory"]["by_part"].items():
         table.add_row(part, _bytes(size))
     table.add_section()

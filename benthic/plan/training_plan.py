@@ -67,7 +67,7 @@ def plan_training(config: ModelConfig, request: PlanRequest) -> TrainingPlan:
     precision, why = _precision(config, request, device)
     chosen = choose_layout(config, request, device, precision)
     cost = training_cost(chosen.step, request.tokens, device, request.dollars_per_hour)
-    return TrainingPlan(device, chosen, cost, (why, *reasons(chosen, request)))
+    return TrainingPlan(device, chosen, cost, (why, *reasons(chosen, request, device)))
 
 
 def _precision(config: ModelConfig, request: PlanRequest, device: Device) -> tuple[TrainingPrecision, str]:

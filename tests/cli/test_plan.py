@@ -73,6 +73,47 @@ def test_a_folder_is_planned(folder, capsys):
     assert json.loads(capsys.readouterr().out)["kv_cache"]["bytes_per_token"] == 2 * 2 * 16 * 2 * 2
 
 
+def test_expert_load_shows_what_balancing_and_the_group_limit_do(folder, capsys):
+    experts = {"n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    groups = {"n_group": 4, "topk_group": 2, "num_key_value_heads": 4}
+    path = folder(model_type="deepseek_v3", **experts, **latent, **groups)
+    assert run(path, "--expert-load", "--json") == 0
+    loads = json.loads(capsys.readouterr().out)["expert_load"]
+    found = {(one["routing"], one["group_limit"]): one for one in loads}
+    assert len(found) == 6
+    assert found["balanced", True]["max_violation"] < found["skewed", True]["max_violation"]
+    assert found["random", True]["nodes_per_token"] < found["random", False]["nodes_per_token"]
+    assert run(path, "--expert-load") == 0
+    assert "balanced" in capsys.readouterr().out
+
+
+def test_replay_stands_beside_the_published_cost(capsys):
+    assert run("--replay", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    hours = next(one for one in found["comparisons"] if one["name"] == "pretraining")
+    assert hours["published"] == 2.664e6
+    assert 0.85 < hours["ratio"] < 1.15
+    assert found["assumptions"]
+    assert run("--replay") == 0
+    assert "2,664,000" in capsys.readouterr().out
+
+
+def test_a_layout_is_planned(capsys):
+    layout = "pp=16,schedule=dualpipe,fsdp=128,zero=1,ep=64"
+    assert run("deepseek-v3", "--device", "h800", "--layout", layout, "--sequences", "15360", "--explain") == 0
+    text = capsys.readouterr().out
+    assert "Training on 2,048 x h800" in text
+    assert "pipeline, dualpipe = (16 / 2 - 1) (FB + B - 3 W)" in text
+
+
+def test_a_search_finds_a_layout_for_the_gpus_there_are(capsys):
+    assert run("deepseek-v2-lite", "--gpus", "8", "--objective", "least_time", "--json") == 0
+    training = json.loads(capsys.readouterr().out)["training"]
+    assert training["fits"]
+    assert training["gpus"] <= 8
+
+
 def test_list_names_presets_and_devices(capsys):
     assert run("--list") == 0
     text = capsys.readouterr().out
@@ -108,6 +149,10 @@ def test_plot_of_several_models(tmp_path, capsys):
         (["deepseek-v33"], "'deepseek-v33' is neither a preset nor a folder"),
         (["deepseek-v3", "--device", "h20"], "unknown device 'h20'; allowed: a100, b200, cpu, h100, h200, h800"),
         (["deepseek-v3", "--serving-gpus", "3"], "gpus is 3; it must divide n_routed_experts (256)"),
+        (["deepseek-v3", "--layout", "pp=3,fsdp=8,ep=3"], "expert is 3; it must divide the ranks"),
+        (["deepseek-v3", "--layout", "fsdp=8", "--gpus", "16"], "layout 'fsdp=8' is for 8 GPUs, but gpus is 16"),
+        (["deepseek-v3", "--objective", "least_time", "--gpus", "8"], "no layout of up to 8 NVIDIA H100"),
+        (["olmo2-7b", "--expert-load"], "the model has no routed experts"),
         (["deepseek-v3", "--batch", "0"], "batch: Input should be greater than 0 (given 0)"),
         (["deepseek-v3", "--context", "-5"], "context: Input should be greater than 0 (given -5)"),
         (["deepseek-v3", "--batch", "many"], "argument --batch: invalid int value: 'many'"),

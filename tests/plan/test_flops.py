@@ -202,6 +202,16 @@ def test_weights_are_read_once_however_many_tokens():
     assert [a.weight_bytes for a in one] == [b.weight_bytes for b in many]
 
 
+def test_float32_weights_are_computed_and_moved_in_float32():
+    config = SMALL["v3"]
+    wide, narrow = (forward_operations(config, whole_sequences(2, 8), weights) for weights in ("fp32", "bf16"))
+    assert {one.precision for one in wide} == {"fp32"}
+    assert total_flops(wide) == total_flops(narrow)
+    bias = 4 * config.n_routed_experts * config.num_expert_layers
+    moved = [sum(one.total_bytes for one in found) for found in (wide, narrow)]
+    assert moved[0] - bias == pytest.approx(2 * (moved[1] - bias))
+
+
 def test_refusals_name_the_value_and_what_is_allowed():
     config = SMALL["v3"]
     with pytest.raises(ConfigError, match=r"convention is 'half'; allowed: causal, full"):

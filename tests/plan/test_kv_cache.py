@@ -13,6 +13,7 @@ from benthic.plan.kv_cache import (
     cache_bytes_per_layer,
     cache_bytes_per_token,
     compared_groups,
+    elements_per_layer,
     elements_per_token,
     expanded_elements_per_token,
 )
@@ -83,6 +84,12 @@ def test_key_value_heads_are_divided_until_one_is_left():
     config = preset("llama-3.1-405b")
     assert bytes_per_token_of_rank(config, 4) == 516_096 / 4
     assert bytes_per_token_of_rank(config, 8) == bytes_per_token_of_rank(config, 16) == 516_096 / 8
+
+
+@drawn
+@given(configs())
+def test_a_layer_s_cache_is_as_wide_as_the_engine_makes_it(config):
+    assert elements_per_layer(config) == config.cache_width
 
 
 @drawn

@@ -62,6 +62,17 @@ def test_the_fewest_gpus_are_taken_and_half_of_them_do_not_fit():
     half = plan_training(config, PlanRequest(gpus=plan.layout.world // 2))
     assert not half.fits
     assert half.training.recomputation == "layer"
+    assert "recomputation layer: all there is" in half.choices
+
+
+def test_a_search_is_at_least_as_good_as_the_short_list():
+    config = preset("deepseek-v2-lite")
+    quick, searched = (
+        plan_training(config, PlanRequest(gpus=8, sequences=1024, objective=objective))
+        for objective in (None, "least_time")
+    )
+    assert searched.fits
+    assert searched.step.total <= quick.step.total * (1 + 1e-9)
 
 
 def test_the_least_recomputation_that_fits_is_taken():
