@@ -31,7 +31,8 @@ def staged(folder: Path, num_bytes: int) -> Iterator[Path]:
     writing, where that can be foreseen) and CheckpointError when the folder cannot be written.
     """
     with storage_errors(folder):
-        is_update = folder.is_dir() and any(folder.iterdir())
+        folder = folder.resolve()
+        is_update = folder.is_dir()
         parent = folder if is_update else folder.parent
         parent.mkdir(parents=True, exist_ok=True)
         if (folder / INCOMING).is_dir():
@@ -119,8 +120,18 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove what killed processes of this machine left behind."""
     for path in parent.glob(f"{prefix}*"):
         process = path.name.removeprefix(prefix)
-        if process.isdigit() and int(process) != os.getpid() and not Path(f"/proc/{process}").exists():
+        if process.isdigit() and not _is_running(int(process)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _refuse_full_disk(parent: Path, num_bytes: int) -> None:

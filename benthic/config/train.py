@@ -37,7 +37,9 @@ class Phase(Settings):
     @model_validator(mode="after")
     def _share_is_a_share(self) -> Self:
         if self.unit == "share" and self.until > 1:
-            raise ValueError(f"until is {self.until:g}; a share of the run is at most 1 (or set unit to steps or tokens)")
+            raise ValueError(
+                f"until is {self.until:g}; a share of the run is at most 1 (or set unit to steps or tokens)"
+            )
         return self
 
 

@@ -4,6 +4,6 @@ from benthic.data.compression import Compression, compress
 from benthic.data.dataset import Dataset
 from benthic.data.loader import Loader, validation_batches
 from benthic.data.packing import Batch
-from benthic.data.prepare import prepare
+from benthic.data.preparation import prepare
 
 __all__ = ["Batch", "Compression", "Dataset", "Loader", "compress", "prepare", "validation_batches"]

@@ -166,7 +166,8 @@ def _check_range(input_ids: Tensor, vocabulary: int) -> None:
     _check_ids(input_ids)
     low, high = (int(bound) for bound in input_ids.aminmax())
     if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
         raise RequestError(
-            f"input_ids holds {low if low < 0 else high}; the vocabulary has {vocabulary} tokens, 0 to {vocabulary - 1}",
+            f"input_ids holds {wrong}; the vocabulary has {vocabulary} tokens, 0 to {vocabulary - 1}",
             hint="is this the model's own tokenizer?",
         )

@@ -13,7 +13,7 @@ from benthic.ops.route import Routing
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each added to the residual stream; norms before the sublayer, or after it (OLMo 2)."""
+    """Attention and feed-forward, each added to the residual stream; norms before the sublayer or after it (OLMo 2)."""
 
     def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()

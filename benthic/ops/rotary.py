@@ -28,7 +28,9 @@ class RotaryTable:
             table = self._tables[device] = self._compute(start + length, device)
         return table[start : start + length]
 
+    @torch.inference_mode(False)
     def _compute(self, needed: int, device: torch.device) -> Tensor:
+        """A plain tensor even when generation asks first: training may use the same table later."""
         size = min(self.limit, max(256, 1 << (needed - 1).bit_length()))
         positions = torch.arange(max(size, needed), dtype=torch.float32)
         # On the processor and then copied, so that every device turns by the same angles.

@@ -10,11 +10,22 @@ T context.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from benthic.config import ModelConfig
+from benthic.config.model import AttentionKind
 from benthic.plan.flops import decode_flops_per_token, forward_flops_per_token, training_flops_per_token
+from benthic.plan.inference import (
+    RESERVED_MEMORY,
+    Serving,
+    cache_bytes_per_token_per_gpu,
+    free_bytes_per_gpu,
+    largest_batch,
+    longest_context,
+    sequences_per_gpu,
+    weight_bytes_per_gpu,
+)
 from benthic.plan.kv_cache import (
     CACHE_BITS,
     CacheFormat,
@@ -23,6 +34,7 @@ from benthic.plan.kv_cache import (
     elements_per_token,
     expanded_elements_per_token,
 )
+from benthic.plan.operations import expected_experts
 from benthic.plan.parameters import ParameterCount, count_parameters, repeated_parameters
 
 Letters = dict[str, int]
@@ -40,9 +52,9 @@ class Line:
     unit: str
 
 
-def make_line(section: str, name: str, formula: str, letters: Letters, value: float, unit: str) -> Line:
+def make_line(section: str, name: str, formula: str, letters: Mapping[str, float], value: float, unit: str) -> Line:
     """A line whose numbers are `formula` with each letter replaced."""
-    numbers = re.sub(r"[A-Za-z_]\w*", lambda match: str(letters[match.group()]), formula)
+    numbers = re.sub(r"[A-Za-z_]\w*", lambda match: f"{letters[match.group()]:.16g}", formula)
     return Line(section, name, formula, numbers, value, unit)
 
 
@@ -147,7 +159,7 @@ def _cache_lines(config: ModelConfig, letters: Letters, cache: CacheFormat) -> I
     pair = "(N + v)" if config.kv_lora_rank else "2*d"
     own = config.attention_kind
     gqa = "H_kv" if own == "gqa" else "groups"
-    formulas = {"mha": f"H*{pair}*L", "gqa": f"{gqa}*{pair}*L", "mqa": f"{pair}*L"}
+    formulas: dict[AttentionKind, str] = {"mha": f"H*{pair}*L", "gqa": f"{gqa}*{pair}*L", "mqa": f"{pair}*L"}
     formulas["mla"] = "(C + R)*L" if own == "mla" else "(4*d + d//2)*L"
     for kind, formula in formulas.items():
         label = f"{kind.upper()} (this model)" if kind == own else f"as {kind.upper()}"
@@ -183,3 +195,34 @@ def _flops_lines(config: ModelConfig, letters: Letters) -> Iterator[Line]:
         yield line("training with MTP, causal", f"3*(2*P + {causal} + 2*P_mtp + {added})", value)
     widths = "(2*C + R)" if config.kv_lora_rank else "(d + v)"
     yield line("decode", f"2*P + 2*L*T*H*{widths}", decode_flops_per_token(config, context))
+
+
+def explain_serving(config: ModelConfig, serving: Serving, batch: int, context: int) -> Iterator[Line]:
+    """The lines of serving `batch` sequences at `context` positions: what is left for the cache, and what fits."""
+    free = free_bytes_per_gpu(config, serving)
+    letters = {
+        "memory": serving.device.memory_bytes,
+        "weights": weight_bytes_per_gpu(config, serving),
+        "token": cache_bytes_per_token_per_gpu(config, serving),
+        "batch_per_gpu": sequences_per_gpu(serving, batch),
+        "free": free,
+        "T": context,
+        "gpus": serving.gpus,
+        "E": config.n_routed_experts or 0,
+        "K": config.num_experts_per_tok,
+        "batch": batch,
+    }
+
+    def line(name: str, formula: str, value: float, unit: str) -> Line:
+        return make_line("serving", name, formula, letters, value, unit)
+
+    yield line("free for the cache, each GPU", f"memory*{1 - RESERVED_MEMORY} - weights", free, "bytes")
+    if free > 0:
+        longest = longest_context(config, serving, batch)
+        yield line("longest context", "free // (token*batch_per_gpu)", longest, "positions")
+        ways = "*gpus" if serving.attention == "data" else ""
+        most = largest_batch(config, serving, context)
+        yield line("largest batch", f"free // (token*T){ways}", most, "sequences")
+    if config.n_routed_experts:
+        touched = expected_experts(config, batch)
+        yield line("experts a step touches, each layer", "E*(1 - (1 - K/E)**batch)", touched, "experts")

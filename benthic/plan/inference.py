@@ -14,8 +14,8 @@ from typing import Literal
 from benthic.config import ModelConfig
 from benthic.errors import ConfigError
 from benthic.plan.devices import Device
-from benthic.plan.flops import Call, Operation, decode_step, forward_operations, require_positive, whole_sequences
 from benthic.plan.kv_cache import CacheFormat, bytes_per_token_of_rank, cache_bytes_per_token
+from benthic.plan.operations import Call, Operation, decode_step, forward_operations, require_positive, whole_sequences
 from benthic.plan.parameters import WeightFormat, repeated_parameters, row_bytes
 from benthic.plan.roofline import roofline, total_seconds
 

@@ -16,7 +16,7 @@ from benthic.config.model import AttentionKind
 from benthic.errors import ConfigError, did_you_mean
 
 CacheFormat = Literal["fp32", "bf16", "fp8", "fp8_ds_mla", "int8", "int6", "int4"]
-CACHE_BITS: dict[str, int] = {"fp32": 32, "bf16": 16, "fp8": 8, "int8": 8, "int6": 6, "int4": 4}
+CACHE_BITS: dict[CacheFormat, int] = {"fp32": 32, "bf16": 16, "fp8": 8, "int8": 8, "int6": 6, "int4": 4}
 CACHE_FORMATS: tuple[CacheFormat, ...] = (*CACHE_BITS, "fp8_ds_mla")
 COMPARED_GROUPS = 8
 """Key-value heads of the GQA that a model without GQA is compared with."""

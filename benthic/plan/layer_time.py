@@ -22,14 +22,14 @@ from benthic.plan.communication import (
     tensor_parallel_bytes,
 )
 from benthic.plan.devices import Device
-from benthic.plan.flops import (
+from benthic.plan.holdings import layer_holding
+from benthic.plan.operations import (
     Call,
     Operation,
     backward_operations,
     forward_operations,
     recomputed_operations,
 )
-from benthic.plan.holdings import layer_holding
 from benthic.plan.traffic import accumulation_bytes, layer_traffic, loss_traffic
 from benthic.plan.training import Training
 

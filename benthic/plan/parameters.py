@@ -124,8 +124,10 @@ def row_bytes(config: ModelConfig, row: Parameter, weights: WeightFormat) -> int
         return 4 * row.size
     if weights == "fp8" and row.fp8 and len(row.shape) > 1:
         height, width = config.quantization_config.weight_block_size if config.quantization_config else (128, 128)
-        matrices = row.size // (row.shape[-1] * row.shape[-2])
-        return row.size + 4 * matrices * -(-row.shape[-2] // height) * -(-row.shape[-1] // width)
+        # An expert's gate and up are two matrices, each with blocks of its own.
+        parts = 2 if row.name.endswith("gate_up_proj") else 1
+        rows, columns = row.shape[-2] // parts, row.shape[-1]
+        return row.size + 4 * (row.size // (rows * columns)) * -(-rows // height) * -(-columns // width)
     return 2 * row.size
 
 

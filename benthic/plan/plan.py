@@ -5,29 +5,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import Annotated, Any
+import math
+from dataclasses import asdict
+from typing import Any, get_args
 
-from pydantic import Field
-
-from benthic.config import ModelConfig, Settings
-from benthic.config.model import Positive
-from benthic.plan.devices import Device, find_device
-from benthic.plan.explain import Line, explain_model, make_line
-from benthic.plan.flops import (
-    decode_flops_per_token,
-    decode_step,
-    expected_experts,
-    forward_flops_per_token,
-    training_flops_per_token,
-    whole_sequences,
-)
+from benthic.config import ModelConfig
+from benthic.plan.devices import Device
+from benthic.plan.expert_load import Routing, simulate
+from benthic.plan.explain import explain_model, explain_serving
+from benthic.plan.flops import decode_flops_per_token, forward_flops_per_token, training_flops_per_token
 from benthic.plan.inference import (
     RESERVED_MEMORY,
-    AttentionLayout,
     Serving,
     cache_bytes_per_token_per_gpu,
-    check,
     decode,
     fewest_gpus,
     free_bytes_per_gpu,
@@ -35,41 +25,29 @@ from benthic.plan.inference import (
     largest_batch,
     longest_context,
     prefill,
-    sequences_per_gpu,
     speculative_decode,
     weight_bytes_per_gpu,
 )
 from benthic.plan.kv_cache import (
-    CacheFormat,
     bytes_per_token_if,
     cache_bytes_per_token,
     elements_per_token,
     expanded_elements_per_token,
 )
-from benthic.plan.parameters import WeightFormat, count_parameters, stored_bytes, stored_format, weight_bytes
+from benthic.plan.operations import decode_step, expected_experts, whole_sequences
+from benthic.plan.parameters import count_parameters, stored_bytes, stored_format, weight_bytes
+from benthic.plan.request import PlanRequest, resolve_serving
 from benthic.plan.roofline import TimedOperation, roofline
+from benthic.plan.training_plan import describe, describe_cost, plan_training
+from benthic.plan.training_plan import explain as explain_training
 
 SHOWN_BATCHES = (1, 8, 32, 128, 512)
 
 
-class PlanRequest(Settings):
-    """What is asked about a model. None means: chosen by the planner, which prints its choice."""
-
-    device: str = "h100"
-    gpus: Positive | None = None
-    attention: AttentionLayout | None = None
-    context: Positive = 4096
-    batch: Positive | None = None
-    sequence_length: Positive = 4096
-    weights: WeightFormat | None = None
-    cache: CacheFormat = "bf16"
-    acceptance: Annotated[float, Field(ge=0, le=1)] = 0.85
-    """Share of drafts accepted; 0.85 to 0.90 published for V3 (technical report, section 5.4.3)."""
-
-
 def make_plan(config: ModelConfig, request: PlanRequest, name: str = "model") -> dict[str, Any]:
-    """The plan as plain data: model, parameters, kv_cache, flops, memory, serving, assumptions."""
+    """The plan as plain data: model, parameters, kv_cache, flops, memory, serving, training, cost, assumptions."""
     serving, choices = resolve_serving(config, request)
+    training = plan_training(config, request)
     return {
         "model": name,
         "architecture": _architecture(config),
@@ -81,39 +59,14 @@ def make_plan(config: ModelConfig, request: PlanRequest, name: str = "model") ->
             "stored_bytes": stored_bytes(config, stored_format(config)),
             "weights_format": serving.weights,
             "stored_format": stored_format(config),
+            "training_bytes_per_gpu": round(training.memory.total),
+            "by_part": {part: round(size) for part, size in training.memory.by_part.items()},
         },
         "serving": _serving(config, request, serving),
-        "assumptions": choices + _assumptions(serving),
+        "training": describe(training),
+        "cost": describe_cost(training, request.tokens),
+        "assumptions": [*choices, *training.choices, *_assumptions(serving), *training.memory.assumptions],
     }
-
-
-def resolve_serving(config: ModelConfig, request: PlanRequest) -> tuple[Serving, list[str]]:
-    """The serving layout asked for, with what was left open decided, and a sentence for each decision."""
-    device = find_device(request.device)
-    choices = []
-    weights = request.weights
-    if weights is None:
-        weights = stored_format(config)
-        if weights == "fp8" and "fp8" not in device.peak:
-            weights = "bf16"
-            choices.append(f"weights in bf16, not in fp8 as stored: {device.title} has no fp8 arithmetic")
-        else:
-            choices.append(f"weights in {weights}, as stored")
-    attention = request.attention
-    if attention is None:
-        attention = "data" if config.kv_lora_rank and config.n_routed_experts else "tensor"
-        why = "the latent cannot be divided by heads" if attention == "data" else "heads divide weights and cache"
-        choices.append(f"attention spread by {attention} parallelism: {why}")
-    serving = Serving(device, request.gpus or 1, attention, weights, request.cache)
-    if request.gpus is None:
-        fewest = fewest_gpus(config, serving, request.batch or 1, request.context)
-        serving = replace(serving, gpus=fewest or 1)
-        found = f"{serving.gpus} GPUs: the smallest power of two that holds weights and cache"
-        choices.append(found if fewest else "1 GPU: no power of two up to 1,024 holds weights and cache")
-    check(config, serving)
-    if request.context > config.max_position_embeddings:
-        choices.append(f"{request.context:,} positions are more than the model's {config.max_position_embeddings:,}")
-    return serving, choices
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
@@ -212,7 +165,7 @@ def _batches(request: PlanRequest, most: int) -> list[int]:
 
 def _step(config: ModelConfig, request: PlanRequest, serving: Serving, batch: int) -> dict[str, Any]:
     plain = decode(config, serving, batch, request.context)
-    found = {
+    found: dict[str, Any] = {
         "batch": batch,
         "seconds_per_token": plain.seconds,
         "communication_seconds": plain.communication_seconds,
@@ -245,52 +198,34 @@ def _assumptions(serving: Serving) -> list[str]:
     return found
 
 
-def explain_plan(config: ModelConfig, request: PlanRequest) -> list[Line]:
-    """The formulas behind a plan, each with its numbers: the model's, then those of serving it."""
+def plan_expert_load(config: ModelConfig) -> list[dict[str, Any]]:
+    """Simulated loads under random, skewed and balanced routing, with and without the limit on groups if there is one.
+
+    Experts lie on up to 64 devices of 8 nodes, as many as divide them. Raises ConfigError for a dense model.
+    """
+    devices = math.gcd(64, config.n_routed_experts or 1)
+    nodes = math.gcd(8, devices)
+    limits = (True, False) if config.topk_group < config.n_group else (False,)
+    found = []
+    for routing in get_args(Routing):
+        for limit in limits:
+            load = simulate(config, routing, devices=devices, nodes=nodes, group_limit=limit)
+            places = {"group_limit": limit, "devices": devices, "nodes": nodes, "idle_experts": load.idle_experts}
+            found.append(asdict(load) | places)
+    return found
+
+
+def explain_plan(config: ModelConfig, request: PlanRequest) -> dict[str, Any]:
+    """How a plan's figures come about: `lines` as formula, numbers and value, the addends of `training`'s memory and
+    step, and the roofline of each operation on
+    the busiest GPU in one `decode` step and in one `prefill`."""
     serving, _ = resolve_serving(config, request)
-    lines = explain_model(config, request.sequence_length, request.context, request.cache)
-    batch = request.batch or 1
-    letters = {
-        "memory": serving.device.memory_bytes,
-        "weights": weight_bytes_per_gpu(config, serving),
-        "token": _whole(cache_bytes_per_token_per_gpu(config, serving)),
-        "batch_per_gpu": sequences_per_gpu(serving, batch),
-        "free": free_bytes_per_gpu(config, serving),
-        "T": request.context,
-        "gpus": serving.gpus,
-        "E": config.n_routed_experts or 0,
-        "K": config.num_experts_per_tok,
-        "batch": batch,
-    }
-
-    def line(name: str, formula: str, value: float, unit: str) -> Line:
-        return make_line("serving", name, formula, letters, value, unit)
-
-    usable = f"memory*{1 - RESERVED_MEMORY} - weights"
-    lines.append(line("free for the cache, each GPU", usable, free_bytes_per_gpu(config, serving), "bytes"))
-    if letters["free"] > 0:
-        longest = longest_context(config, serving, batch)
-        lines.append(line("longest context", "free // (token*batch_per_gpu)", longest, "positions"))
-        ways = "*gpus" if serving.attention == "data" else ""
-        most = largest_batch(config, serving, request.context)
-        lines.append(line("largest batch", f"free // (token*T){ways}", most, "sequences"))
-    if config.n_routed_experts:
-        touched = expected_experts(config, batch)
-        lines.append(line("experts a step touches, each layer", "E*(1 - (1 - K/E)**batch)", touched, "experts"))
-    return lines
-
-
-def _whole(value: float) -> float | int:
-    """Integers as integers, so that JSON shows 70272 and not 70272.0."""
-    return int(value) if float(value).is_integer() else value
-
-
-def time_operations(config: ModelConfig, request: PlanRequest) -> dict[str, list[dict[str, Any]]]:
-    """The roofline of each operation on the busiest GPU: one decode step, and one prefill of a prompt."""
-    serving, _ = resolve_serving(config, request)
-    batch = request.batch or 1
-    calls = {"decode": decode_step(batch, request.context), "prefill": whole_sequences(batch, request.context)}
-    return {
+    batch, context = request.batch or 1, request.context
+    lines = explain_model(config, request.sequence_length, context, request.cache)
+    lines += explain_serving(config, serving, batch, context)
+    addends = explain_training(plan_training(config, request))
+    calls = {"decode": decode_step(batch, context), "prefill": whole_sequences(batch, context)}
+    return {"lines": [asdict(line) for line in lines], "training": addends} | {
         name: [_timed(one) for one in roofline(gpu_operations(config, serving, call), serving.device)]
         for name, call in calls.items()
     }
@@ -307,3 +242,8 @@ def _timed(one: TimedOperation) -> dict[str, Any]:
         "bound": one.bound,
         "rate": one.rate.source if one.rate else "memory bandwidth",
     }
+
+
+def _whole(value: float) -> float | int:
+    """Integers as integers, so that JSON shows 70272 and not 70272.0."""
+    return int(value) if float(value).is_integer() else value

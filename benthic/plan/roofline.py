@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benthic.plan.devices import Device, Rate
-from benthic.plan.flops import Operation
+from benthic.plan.operations import Operation
 
 
 @dataclass(frozen=True, slots=True)

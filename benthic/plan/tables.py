@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -15,8 +16,13 @@ def print_plan(plan: dict[str, Any]) -> None:
     """All tables of one plan."""
     console = Console(highlight=False)
     console.print(f"[bold]{plan['model']}[/]: {_summary(plan)}")
-    for table in (_parameters(plan), _kv_cache(plan), _flops(plan), _serving(plan), _steps(plan)):
+    for table in (_parameters(plan), _kv_cache(plan), _flops(plan), _serving(plan), _steps(plan), *_training(plan)):
         console.print(table)
+    if not plan["training"]["fits"]:
+        text = f"training does not fit {plan['training']['gpus']:,} x {plan['training']['device']} laid out so"
+        console.print(text, style="bold red", markup=False, soft_wrap=True)
+    if not plan["serving"]["fits"]:
+        console.print(_shortage(plan["serving"]), style="bold red", markup=False, soft_wrap=True)
     console.print("Assumed:")
     for text in plan["assumptions"]:
         console.print(f"  {text}", markup=False, soft_wrap=True)
@@ -30,6 +36,46 @@ def print_comparison(plans: list[dict[str, Any]]) -> None:
     Console(highlight=False).print(table)
 
 
+def print_replay(replay: dict[str, Any]) -> None:
+    """DeepSeek-V3's run, predicted beside published."""
+    console = Console(highlight=False)
+    table = _table("DeepSeek-V3's own training run", "what", "predicted", "published", "ratio")
+    for one in replay["comparisons"]:
+        name = f"{one['name']}, {one['unit']}"
+        table.add_row(name, f"{one['predicted']:,.0f}", f"{one['published']:,.0f}", f"{one['ratio']:.3f}")
+    console.print(table)
+    table = _table("Pretraining at the full batch", "what", "value")
+    for name, value in replay["pretraining"].items():
+        table.add_row(name.replace("_", " "), value if isinstance(value, str) else f"{value:,.4g}")
+    console.print(table)
+    table = _table("What another assumption would do to pretraining's hours", "assumption", "change")
+    for name, change in replay["effects"].items():
+        table.add_row(name, f"{change:+.1%}")
+    console.print(table)
+    console.print("Assumed:")
+    for text in replay["assumptions"]:
+        console.print(f"  {text}", markup=False, soft_wrap=True)
+
+
+def print_expert_load(model: str, loads: list[dict[str, Any]]) -> None:
+    """Loads of experts and devices, and what a token sends, under each kind of routing."""
+    first = loads[0]
+    title = f"{model}: {first['tokens']:,} tokens over {first['devices']} devices on {first['nodes']} nodes"
+    columns = ("routing", "group limit", "fullest expert", "fullest device", "idle", "devices a token", "nodes a token")
+    table = _table(title, *columns)
+    for one in loads:
+        table.add_row(
+            one["routing"],
+            "yes" if one["group_limit"] else "no",
+            f"{1 + one['max_violation']:.2f} x mean",
+            f"{1 + one['device_violation']:.2f} x mean",
+            str(one["idle_experts"]),
+            f"{one['devices_per_token']:.2f}",
+            f"{one['nodes_per_token']:.2f}",
+        )
+    Console(highlight=False).print(table)
+
+
 def print_explanation(model: str, explanation: dict[str, Any]) -> None:
     """Formulas with their numbers, and the operations that take the most time."""
     console = Console(highlight=False)
@@ -39,8 +85,13 @@ def print_explanation(model: str, explanation: dict[str, Any]) -> None:
         console.print(f"    = {line['formula']}", markup=False, soft_wrap=True)
         console.print(f"    = {line['numbers']}", markup=False, soft_wrap=True)
         console.print(f"    = {_exact(line['value'])} {line['unit']}", markup=False)
-    for call, operations in explanation["operations"].items():
-        console.print(_operations(call, operations))
+    for what, addends in explanation["training"].items():
+        console.print(f"  training, {what}", style="bold", markup=False)
+        for one in addends:
+            text = f"    {one['name']} = {one['formula']} = {one['value']:,.6g} {one['unit']}"
+            console.print(text, markup=False, soft_wrap=True)
+    for call in ("decode", "prefill"):
+        console.print(_operations(call, explanation[call]))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -61,6 +112,13 @@ def _summary(plan: dict[str, Any]) -> str:
     return text + (f", {built['prediction_layers']} MTP layer" if built["prediction_layers"] else "")
 
 
+def _shortage(serving: dict[str, Any]) -> str:
+    asked = f"batch {serving['batch']} at {serving['context']:,} positions"
+    fewest = serving["fewest_gpus"]
+    remedy = f"{fewest} x {serving['device']} hold it" if fewest else "no power of two up to 1,024 holds it"
+    return f"{asked} does not fit on {serving['gpus']} x {serving['device']}; {remedy}"
+
+
 def _parameters(plan: dict[str, Any]) -> Table:
     count = plan["parameters"]
     table = _table("Parameters", "part", "elements", "share")
@@ -75,6 +133,8 @@ def _parameters(plan: dict[str, Any]) -> Table:
     if count["mtp_unique"]:
         table.add_row("MTP layers, not in the total", f"{count['mtp_unique']:,}", "")
         table.add_row("published folder, MTP and its copies", f"{count['stored']:,}", "")
+    if plan.get("folder"):
+        table.add_row("this folder, by its headers", f"{plan['folder']['parameters']:,}", "")
     return table
 
 
@@ -112,6 +172,8 @@ def _serving(plan: dict[str, Any]) -> Table:
     found = plan["serving"]
     table = _table(f"Serving on {found['gpus']} x {found['device']}", "what", "value")
     table.add_row("weights in a published folder", _bytes(plan["memory"]["stored_bytes"]))
+    if plan.get("folder"):
+        table.add_row("weights in this folder, by their headers", _bytes(plan["folder"]["bytes"]))
     table.add_row(f"weights in {found['weights']}, MTP left out", _bytes(plan["memory"]["weights_bytes"]))
     table.add_row(f"weights on each GPU, attention by {found['attention']}", _bytes(found["weights_bytes_per_gpu"]))
     table.add_row("cache of a token on each GPU that holds it", f"{found['cache_bytes_per_token_per_gpu']:,} B")
@@ -141,6 +203,36 @@ def _steps(plan: dict[str, Any]) -> Table:
     return table
 
 
+def _training(plan: dict[str, Any]) -> Iterator[Table]:
+    found, cost = plan["training"], plan["cost"]
+    title = f"Training on {found['gpus']:,} x {found['device']}: memory of the fullest GPU"
+    table = _table(title, "what", "bytes")
+    table.caption = f"laid out as {found['layout']}"
+    for part, size in plan["memory"]["by_part"].items():
+        table.add_row(part, _bytes(size))
+    table.add_section()
+    table.add_row(f"at its highest, {found['fullest_moment']}", _bytes(plan["memory"]["training_bytes_per_gpu"]))
+    yield table
+    shape = f"{found['sequences']:,} sequences of {found['sequence_length']:,}, {found['precision']}"
+    table = _table(f"A training step of {shape}", "what", "takes", "share")
+    for part, seconds in found["step_by_part"].items():
+        # What overlaps entirely leaves a rounding error.
+        if seconds < 1e-9:
+            continue
+        table.add_row(part, _seconds(seconds), f"{seconds / found['step_seconds']:.1%}")
+    table.add_section()
+    table.add_row("step", _seconds(found["step_seconds"]), "")
+    table.add_row("tokens/s a GPU", f"{found['tokens_per_second_per_gpu']:,.0f}", "")
+    table.add_row("model FLOPs of the bf16 peak", f"{found['model_flops_utilisation']:.1%}", "")
+    yield table
+    price = f"{cost['dollars_per_hour']:.2f} dollars a GPU-hour"
+    table = _table(f"A run of {cost['tokens'] / 1e9:,.0f} billion tokens at {price}", "what", "value")
+    table.add_row("GPU-hours", f"{cost['gpu_hours']:,.0f}")
+    table.add_row("dollars", f"{cost['dollars']:,.0f}")
+    table.add_row("days", f"{cost['days']:,.1f}")
+    yield table
+
+
 def _operations(call: str, operations: list[dict[str, Any]]) -> Table:
     whole = sum(one["seconds"] for one in operations)
     title = f"Longest operations of a {call} on the busiest GPU ({_seconds(whole)} in all, links apart)"
@@ -148,7 +240,7 @@ def _operations(call: str, operations: list[dict[str, Any]]) -> Table:
     ranked = sorted(operations, key=lambda one: -one["seconds"])[:OPERATIONS_SHOWN]
     for one in ranked:
         table.add_row(
-            one["name"],
+            one["name"].removeprefix("self_attn.").removeprefix("mlp."),
             f"{one['count']}",
             f"{one['flops'] / 1e9:,.1f}",
             f"{one['bytes'] / 1e9:,.3f}",
@@ -172,7 +264,12 @@ _COMPARED = {
     "GPUs to serve": lambda plan: f"{plan['serving']['gpus']} x {plan['serving']['device']}",
     "longest context that fits": lambda plan: f"{plan['serving']['longest_context']:,}",
     "largest batch that fits": lambda plan: f"{plan['serving']['largest_batch']:,}",
-    "a token takes, at least": lambda plan: _seconds(plan["serving"]["steps"][0]["seconds_per_token"]),
+    "a token takes to decode, at least": lambda plan: _seconds(plan["serving"]["steps"][0]["seconds_per_token"]),
+    "GPUs to train": lambda plan: f"{plan['training']['gpus']:,} x {plan['training']['device']}",
+    "training memory of the fullest GPU": lambda plan: _bytes(plan["memory"]["training_bytes_per_gpu"]),
+    "training tokens/s a GPU": lambda plan: f"{plan['training']['tokens_per_second_per_gpu']:,.0f}",
+    "GPU-hours of the run": lambda plan: f"{plan['cost']['gpu_hours']:,.0f}",
+    "dollars": lambda plan: f"{plan['cost']['dollars']:,.0f}",
 }
 
 

@@ -55,18 +55,14 @@ def move_biases(biases: Mapping[int, Tensor], loads: Mapping[int, Tensor], confi
         bias.add_(direction.to(bias.device), alpha=speed)
 
 
-def auxiliary_loss(
-    kind: Literal["sequence", "expert", "batch", "none"], routing: Routing, num_sequences: int
-) -> Tensor | None:
-    """sum_i f_i P_i of one layer, a mean over sequences, before its weight alpha; None for "none".
+def auxiliary_loss(kind: Literal["sequence", "expert", "batch"], routing: Routing, num_sequences: int) -> Tensor:
+    """sum_i f_i P_i of one layer, a mean over sequences, before its weight alpha.
 
     P_i is the mean of expert i's scores after dividing each token's by their sum. f_i is E/(K T) times the number of
     tokens whose K best scores, bias and groups aside, contain i ("sequence", DeepSeek-V3 equations 17 to 20), or that
     were sent to i ("expert", DeepSeek-V2 equations 23 to 25; "batch" takes all T tokens together). It is 1 when the
     load is even. Gradient flows through P alone.
     """
-    if kind == "none":
-        return None
     num_experts, num_chosen = routing.scores.shape[-1], routing.experts.shape[-1]
     rows = 1 if kind == "batch" else num_sequences
     best = routing.scores.topk(num_chosen, dim=-1).indices if kind == "sequence" else routing.experts

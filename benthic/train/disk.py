@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,9 +35,9 @@ def explained(what: str, path: Path) -> Iterator[None]:
     except OSError as error:
         raise _explanation(error.errno, str(error), what, path) from None
     except SafetensorError as error:
-        # safetensors hands on the system's error as text alone: "... Os { code: 28, kind: StorageFull ..."
-        code = next((one for one in _NO_SPACE | _NO_PERMISSION if f"code: {one}," in str(error)), None)
-        raise _explanation(code, str(error), what, path) from None
+        # safetensors hands on the system's error as text alone, "(os error 28)" or "Os { code: 28, ..." by version.
+        found = re.search(r"(?:os error|code:) (\d+)", str(error))
+        raise _explanation(int(found[1]) if found else None, str(error), what, path) from None
 
 
 def _explanation(code: int | None, text: str, what: str, path: Path) -> BenthicError:

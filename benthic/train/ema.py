@@ -1,4 +1,4 @@
-"""An exponential average of the weights: a look at where a decayed learning rate would arrive (arXiv:2412.19437, 3.2.3).
+"""An exponential average of the weights: where a decayed learning rate would arrive (arXiv:2412.19437, 3.2.3).
 
 Biases of the routers are averaged with the weights they were balanced for.
 """

@@ -42,7 +42,7 @@ class Validation:
 
     @property
     def acceptance(self) -> list[float]:
-        """By depth k: the share of positions where prediction k's likeliest token is the main model's, one look later."""
+        """By depth k: the share of positions where prediction k names the token that the main model names later."""
         return [agreed / compared for agreed, compared in zip(self.agreed, self.compared, strict=True)]
 
     @property
@@ -91,9 +91,7 @@ def _head(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[float,
     nats, likeliest = 0.0, []
     for rows, wanted in zip(hidden.flatten(0, 1).split(_ROWS), targets.split(_ROWS), strict=True):
         logits = (rows @ model.head_weight.T).float()
-        nats += float(
-            torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum").double()
-        )
+        nats += float(torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum").double())
         likeliest.append(logits.argmax(-1))
     return nats, torch.cat(likeliest)
 

@@ -34,7 +34,9 @@ class Facts:
     validation: Mapping[str, object]
 
 
-def export(weights: Mapping[str, Tensor], config: TrainConfig, tokenizer: Tokenizer, folder: Path, facts: Facts) -> None:
+def export(
+    weights: Mapping[str, Tensor], config: TrainConfig, tokenizer: Tokenizer, folder: Path, facts: Facts
+) -> None:
     """Write the model folder, in place of one from an earlier stretch of the run; all of it or nothing."""
     model = config.model.replace(
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
@@ -72,8 +74,8 @@ A small {_kind(config.model)} language model trained with benthic from random we
 
 ## Data
 
-Trained on {facts.corpus}. The documents were split by the hash of their names, and {config.data.validation_fraction:.0%}
-of them held out. Fingerprint of the corpus: `{facts.corpus_fingerprint}`.
+Trained on {facts.corpus}. The documents were split by the hash of their names, and
+{config.data.validation_fraction:.0%} of them held out. Fingerprint of the corpus: `{facts.corpus_fingerprint}`.
 {notice}
 ## Numbers
 

@@ -1,6 +1,6 @@
 """A run folder: one process at a time, one config, rows that end where the saved state does.
 
-    config.yaml  metrics.jsonl  samples.jsonl  routing/  checkpoints/  failures/  model/
+config.yaml  metrics.jsonl  samples.jsonl  routing/  checkpoints/  failures/  model/
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,12 +45,14 @@ class RunFolder:
         Raises RunError when another process holds it, when it is in use and `resume` is False, when there is nothing
         to resume, and when the run in it had a config that trains differently.
         """
-        with explained("the run folder", path):
-            if resume and not (path / "config.yaml").is_file():
-                raise RunError(f"nothing to resume in {path}: it has no config.yaml", hint="leave --resume out")
-            path.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
-                yield cls._entered(path, config, resume)
+        if resume and not (path / "config.yaml").is_file():
+            raise RunError(f"nothing to resume in {path}: it has no config.yaml", hint="leave --resume out")
+        with ExitStack() as stack:
+            with explained("the run folder", path):
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(path))
+                folder = cls._entered(path, config, resume)
+            yield folder
 
     @classmethod
     def _entered(cls, path: Path, config: TrainConfig, resume: bool) -> Self:
@@ -63,13 +65,18 @@ class RunFolder:
         folder = cls(path)
         if resume:
             refuse_changed_config(TrainConfig.from_yaml(folder.config), config)
+        else:
+            folder.write_config(config)
         for one in (folder.routing, folder.checkpoints):
             one.mkdir(exist_ok=True)
         for one in (path, folder.checkpoints):
             for name in sweep(one):
                 logger.info("removed %s, left by an interrupted write", name)
-        write_atomic(folder.config, config.to_yaml())
         return folder
+
+    def write_config(self, config: TrainConfig) -> None:
+        """State the config the run goes on with."""
+        write_atomic(self.config, config.to_yaml())
 
     def rewind(self, step: int) -> None:
         """Drop rows and expert loads of updates after `step`, and a row cut short by a kill."""

@@ -97,9 +97,10 @@ def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Ten
 
 
 def _balance(states: States, batch: Batch, scale: Scale, config: BalanceConfig, zero: Tensor) -> Tensor:
-    if config.auxiliary_loss == "none" or not config.alpha:
+    kind = config.auxiliary_loss
+    if kind == "none" or not config.alpha:
         return zero
     sequences = batch.tokens.shape[0]
     share = config.alpha * sequences / scale.sequences
-    terms = [auxiliary_loss(config.auxiliary_loss, routing, sequences) for routing in states.routing.values()]
+    terms = [auxiliary_loss(kind, routing, sequences) for routing in states.routing.values()]
     return share * torch.stack(terms).sum() if terms else zero

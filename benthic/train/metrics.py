@@ -80,7 +80,7 @@ def peak_flops(device: torch.device, compute: str) -> float | None:
     if device.type != "cuda":
         return None
     found = _listed(torch.cuda.get_device_name(device))
-    return None if found is None else found.peak.get({"bfloat16": "bf16", "float32": "fp32"}[compute])
+    return None if found is None else found.peak.get("bf16" if compute == "bfloat16" else "fp32")
 
 
 def _listed(name: str) -> Device | None:
@@ -102,7 +102,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def write_loads(folder: Path, update: Update) -> None:
     """`loads-00000100.npz`: tokens each expert got in this update, one int64 [E] array a layer, `layer_3` by name."""
-    arrays = {f"layer_{layer}": load.cpu().numpy() for layer, load in sorted(update.loads.items())}
+    arrays: dict[str, Any] = {f"layer_{layer}": load.cpu().numpy() for layer, load in sorted(update.loads.items())}
     content = io.BytesIO()
     np.savez(content, **arrays)
     with atomic_file(folder / f"loads-{update.step:08d}.npz") as file:

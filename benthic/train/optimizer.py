@@ -109,9 +109,9 @@ def _master(parameter: torch.nn.Parameter) -> Tensor:
     master = parameter.detach().float()
 
     def add_up(finished: Tensor) -> None:
-        gradient = finished.grad
-        master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
-        finished.grad = None
+        gradient, finished.grad = finished.grad, None
+        if gradient is not None:
+            master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
 
     parameter.register_post_accumulate_grad_hook(add_up)
     return master

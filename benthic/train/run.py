@@ -45,6 +45,7 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
         trainer = Trainer(config, place)
         if resume:
             trainer.restore()
+            place.write_config(config)
         began = time.monotonic()
         _train(trainer, stop)
         seconds = time.monotonic() - began

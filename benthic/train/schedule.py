@@ -53,5 +53,6 @@ def planned_tokens(config: TrainConfig) -> int:
     tokens = 0
     for step in range(1, config.steps + 1):
         place = Place(step, tokens, config.steps)
-        tokens += sequences_at(config.batch.sequences, config.batch.micro_sequences, place) * config.data.sequence_length
+        sequences = sequences_at(config.batch.sequences, config.batch.micro_sequences, place)
+        tokens += sequences * config.data.sequence_length
     return tokens

@@ -72,8 +72,9 @@ def update(
     if not (math.isfinite(result.gradient_norm) and math.isfinite(float(sum(part.total for part in parts)))):
         raise _not_finite(result, parts, optimizer, batch, failures)
     optimizer.step(result.learning_rate, norm)
-    speed = scaled_speed(value(config.balance.speed, place), batch.tokens[:, 1:].numel(), config.balance.reference_tokens)
-    move_biases(routing_biases(model), result.loads, config.balance, speed)
+    balance, tokens = config.balance, batch.tokens[:, 1:].numel()
+    speed = scaled_speed(value(balance.speed, place), tokens, balance.reference_tokens)
+    move_biases(routing_biases(model), result.loads, balance, speed)
     return result
 
 
@@ -86,7 +87,7 @@ def _summed(parts: list[Losses], norm: float, place: Place, scale: Scale, learni
         prediction_loss=float(sum(part.prediction for part in parts)),
         balance_loss=float(sum(part.balance for part in parts)),
         gradient_norm=norm,
-        loads={layer: sum(part.loads[layer] for part in parts) for layer in parts[0].loads},
+        loads={layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads},
     )
 
 

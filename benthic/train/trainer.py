@@ -116,7 +116,8 @@ class Trainer:
         self.validation = row
         if found.loss < self.best.get("val_loss", float("inf")):
             self.best = {"step": self.step, "val_loss": found.loss}
-        accepted = "".join(f"  prediction {depth} accepted {share:.1%}" for depth, share in enumerate(found.acceptance, 1))
+        shares = enumerate(found.acceptance, start=1)
+        accepted = "".join(f"  prediction {depth} accepted {share:.1%}" for depth, share in shares)
         balance = "" if found.max_violation is None else f"  MaxVio {found.max_violation:.2f}"
         display.note(
             f"validation at step {self.step}: loss {found.loss:.3f}, {found.bits_per_byte:.3f} bits per byte"

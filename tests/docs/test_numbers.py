@@ -1,6 +1,7 @@
 """docs/numbers.md says what the planner computes, digit for digit."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from benthic.plan.kv_cache import (
     expanded_elements_per_token,
 )
 from benthic.plan.parameters import count_parameters, stored_bytes, stored_format
+from benthic.plan.replay import replay
 
 PAGE = Path(__file__).parents[2] / "docs" / "numbers.md"
 TOKENS_OF_V3, HOURS_OF_V3 = 14.8e12, 2.664e6
@@ -70,6 +72,15 @@ def decoding(model):
 
 def run_teraflops(**options):
     return training("deepseek-v3", **options) * 1e9 * TOKENS_OF_V3 / (HOURS_OF_V3 * 3600) / 1e12
+
+
+@cache
+def predicted_run():
+    return {one.name: one.predicted for one in replay().comparisons}
+
+
+def replayed(name):
+    return predicted_run()[name]
 
 
 def prediction_active(heads):

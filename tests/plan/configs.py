@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from benthic.config import ModelConfig
+
+drawn = settings(max_examples=40, deadline=None, derandomize=True)
 
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24}
 EXPERTS = {

@@ -16,20 +16,22 @@ from benthic.model import LanguageModel, initialise
 from benthic.model.cache import Cache
 from benthic.ops import experts
 from benthic.plan.flops import (
-    backward_operations,
     decode_flops_per_token,
+    forward_flops_per_token,
+    recomputed_flops_per_token,
+    training_flops_per_token,
+)
+from benthic.plan.operations import (
+    backward_operations,
     decode_step,
     expected_experts,
-    forward_flops_per_token,
     forward_operations,
-    recomputed_flops_per_token,
     recomputed_operations,
     total_flops,
-    training_flops_per_token,
     whole_sequences,
 )
 from benthic.plan.parameters import count_parameters
-from tests.plan.configs import SMALL, configs
+from tests.plan.configs import SMALL, configs, drawn
 
 
 def gigaflops(name, **options):
@@ -122,6 +124,7 @@ def test_decode_equals_a_counter_over_the_cached_model(name, grouped):
     assert counted == matrix_flops(forward_operations(config, decode_step(2, 12)))
 
 
+@drawn
 @given(configs(), st.integers(1, 64), st.integers(1, 4))
 def test_forward_is_two_flops_a_parameter_and_the_attention_core(config, length, sequences):
     call = whole_sequences(sequences, length)
@@ -131,6 +134,7 @@ def test_forward_is_two_flops_a_parameter_and_the_attention_core(config, length,
     assert total_flops(forward_operations(config, call)) == pytest.approx(expected, rel=1e-12)
 
 
+@drawn
 @given(configs(), st.integers(1, 64))
 def test_conventions_differ_by_half_the_core_and_training_is_three_forwards(config, length):
     causal, full = (training_flops_per_token(config, length, one) for one in ("causal", "full"))
@@ -142,6 +146,7 @@ def test_conventions_differ_by_half_the_core_and_training_is_three_forwards(conf
     assert backward == pytest.approx(2 * matrix_flops(forward_operations(config, call)))
 
 
+@drawn
 @given(configs(), st.integers(1, 8), st.integers(1, 64))
 def test_flops_do_not_depend_on_how_tokens_are_batched(config, sequences, length):
     one = forward_operations(config, whole_sequences(1, length))
@@ -149,12 +154,14 @@ def test_flops_do_not_depend_on_how_tokens_are_batched(config, sequences, length
     assert total_flops(many) == pytest.approx(sequences * total_flops(one))
 
 
+@drawn
 @given(configs(), st.integers(1, 60))
 def test_a_longer_context_costs_more(config, context):
     assert decode_flops_per_token(config, context + 1) > decode_flops_per_token(config, context)
     assert training_flops_per_token(config, context + 1) > training_flops_per_token(config, context)
 
 
+@drawn
 @given(configs())
 def test_recomputing_more_costs_more_and_never_more_than_a_forward(config):
     steps = [recomputed_flops_per_token(config, 32, one) for one in ("none", "up_projections", "attention", "layer")]
@@ -176,6 +183,7 @@ def test_absorbed_decode_of_v3():
     assert decode_flops_per_token(config, 4096) == 2 * 36_625_618_432 + core
 
 
+@drawn
 @given(st.integers(0, 3000))
 def test_expected_experts_start_at_k_and_never_exceed_all(tokens):
     config = ModelConfig.from_pretrained("deepseek-v3")
@@ -192,6 +200,16 @@ def test_weights_are_read_once_however_many_tokens():
     config = SMALL["dense mha"]
     one, many = (forward_operations(config, whole_sequences(n, 8)) for n in (1, 16))
     assert [a.weight_bytes for a in one] == [b.weight_bytes for b in many]
+
+
+def test_float32_weights_are_computed_and_moved_in_float32():
+    config = SMALL["v3"]
+    wide, narrow = (forward_operations(config, whole_sequences(2, 8), weights) for weights in ("fp32", "bf16"))
+    assert {one.precision for one in wide} == {"fp32"}
+    assert total_flops(wide) == total_flops(narrow)
+    bias = 4 * config.n_routed_experts * config.num_expert_layers
+    moved = [sum(one.total_bytes for one in found) for found in (wide, narrow)]
+    assert moved[0] - bias == pytest.approx(2 * (moved[1] - bias))
 
 
 def test_refusals_name_the_value_and_what_is_allowed():

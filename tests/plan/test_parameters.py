@@ -18,7 +18,7 @@ from benthic.plan.parameters import (
     stored_format,
     weight_bytes,
 )
-from tests.plan.configs import SMALL, configs
+from tests.plan.configs import SMALL, configs, drawn
 
 PUBLISHED = {
     "deepseek-v3": (671_026_419_200, 37_552_297_472, 36_625_618_432),
@@ -74,6 +74,7 @@ def test_stored_elements_of_a_small_v3_count_the_copies():
     assert count_parameters(config).stored == sum(tensor.size for tensor in stored_tensors(config))
 
 
+@drawn
 @given(configs())
 def test_parts_add_up_and_active_is_at_most_total(config):
     count = count_parameters(config)
@@ -86,6 +87,7 @@ def test_parts_add_up_and_active_is_at_most_total(config):
 GROWING = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "moe_intermediate_size"]
 
 
+@drawn
 @given(configs(), st.sampled_from([*GROWING, "kv_lora_rank", "v_head_dim", "n_shared_experts", "n_routed_experts"]))
 def test_no_size_can_grow_without_the_total_growing(config, name):
     size = getattr(config, name)
@@ -97,6 +99,7 @@ def test_no_size_can_grow_without_the_total_growing(config, name):
     assert after >= before if unused else after > before
 
 
+@drawn
 @given(configs())
 def test_more_chosen_experts_make_more_active_and_no_more_parameters(config):
     if not config.num_expert_layers or config.num_experts_per_tok == config.n_routed_experts:
