@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+TEST = "tests/plan/test_activations.py"
 sys.path.insert(0, str(ROOT))
 
 from benthic import ops  # noqa: E402
@@ -224,10 +225,10 @@ def refuse_if_red() -> str:
     """Numbers of a planner whose own test fails are not worth printing."""
     if importlib.util.find_spec("pytest") is None:
         return "not run: pytest is not installed here"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/plan/test_memory.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TEST]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"tests/plan/test_memory.py is red, so nothing is printed:\n{done.stdout[-2000:]}{done.stderr[-500:]}")
+        sys.exit(f"{TEST} is red, so nothing is printed:\n{done.stdout[-2000:]}{done.stderr[-500:]}")
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -293,7 +294,8 @@ def show(row: dict) -> str:
         f"{row['setting']:58} {row['predicted_bytes'] / 2**30:7.2f} {measured['allocated_bytes'] / 2**30:7.2f} GiB "
         f"{row['memory_ratio']:6.3f}   {row['predicted_seconds_from_device_file']:7.4f} "
         f"{row['predicted_seconds_from_rates_measured_here']:7.4f} {measured['step_seconds']['median']:7.4f} s "
-        f"{row['time_ratio_from_device_file']:6.3f} {row['time_ratio_from_rates_measured_here']:6.3f}   at {row['moment']}"
+        f"{row['time_ratio_from_device_file']:6.3f} {row['time_ratio_from_rates_measured_here']:6.3f}   "
+        f"at {row['moment']}"
     )
 
 

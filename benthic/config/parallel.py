@@ -150,7 +150,7 @@ class ParallelConfig(Settings):
             )
 
     def check_batch(self, sequences: int, micro_batch: int, sequence_length: int) -> int:
-        """Micro-batches a rank works through for a batch of `sequences`; ConfigError where it does not come out even."""
+        """Micro-batches a rank works through for a batch of `sequences`; ConfigError where that is no whole number."""
         share = self.data * micro_batch
         if sequences < 1 or sequences % share:
             raise ConfigError(

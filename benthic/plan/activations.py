@@ -1,7 +1,7 @@
 """What one token leaves in memory between forward and backward, tensor by tensor.
 
-Precision "bf16" (or "fp32") is the trainer's plain path on a GPU, as autograd keeps it; a test counts the storages of a real
-model. The list, for one layer, in bytes of the computing dtype where nothing else is said:
+Precision "bf16" (or "fp32") is the trainer's plain path on a GPU, as autograd keeps it; a test counts the storages of
+a real model. The list, for one layer, in the computing dtype where nothing else is said:
 
     norms              input, 1 / rms in float32; the output, as input of the matrices behind it
     latent attention   query latent and its norm's output, kv latent with rotary key and its norm's output
@@ -13,8 +13,9 @@ model. The list, for one layer, in bytes of the computing dtype where nothing el
     router             input, scores, chosen weights in float32; expert numbers and orders in int64
     routed experts     K times: input row, gate and up, silu(gate), product; output row in float32
 
-"fp8" is DeepSeek-V3's framework (report, 3.2.3 and 3.3.3), a plan rather than a measurement: inputs of matrices in e4m3,
-o_proj's in E5M6, SwiGLU's inputs in e4m3, routing weights applied before down_proj so that no output row is kept.
+"fp8" is DeepSeek-V3's framework (report, 3.2.3 and 3.3.3), a plan rather than a measurement: inputs of matrices in
+e4m3, o_proj's in E5M6, SwiGLU's inputs in e4m3, routing weights applied before down_proj so that no output row is
+kept.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def stages_of_rank(layout: ParallelConfig, rank: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One pipeline rank: its `layers` in order, and its blocks by name: "embedding", "head" (with the final norm), and for each
-    layer i "attention i", "experts i" and "feed_forward i" (all that is neither)."""
+    """One pipeline rank: its `layers` in order, and its blocks by name: "embedding", "head" (with the final norm), and
+    for each layer i "attention i", "experts i" and "feed_forward i" (all that is neither)."""
 
     layers: tuple[int, ...]
     blocks: dict[str, Holding]

@@ -1,8 +1,8 @@
 """DeepSeek-V3's own training run, predicted from its report's settings and set beside its published cost.
 
-Settings (arXiv:2412.19437): 2,048 H800; 16-way pipeline with DualPipe, 64-way experts over 8 nodes, ZeRO-1; 14.8T tokens at 4K, the
-batch growing from 3,072 to 15,360 sequences over the first 469B; then 1,000 steps of 1,920 sequences at 32K and 1,000 of 480
-at 128K; multi-token prediction; FP8 with bf16 moments; norms and up-projections recomputed.
+Settings (arXiv:2412.19437): 2,048 H800; 16-way pipeline with DualPipe, 64-way experts over 8 nodes, ZeRO-1; 14.8T
+tokens at 4K, the batch growing from 3,072 to 15,360 sequences over the first 469B; then 1,000 steps of 1,920 sequences
+at 32K and 1,000 of 480 at 128K; multi-token prediction; FP8 with bf16 moments; norms and up-projections recomputed.
 
 Rates are those of single kernels in DeepSeek's published trace of one forward and backward pair (profile-data), not
 fitted to the run's total. What the report does not say is assumed in `ASSUMPTIONS`.

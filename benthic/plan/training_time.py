@@ -21,7 +21,8 @@ from benthic.plan.traffic import update_bytes
 from benthic.plan.training import Training
 
 OVERLAPPING = ("dualpipe", "dualpipev")
-"""Schedules that pair the forward of one micro-batch with the backward of another and hide one's exchange under the other."""
+"""Schedules that pair the forward of one micro-batch with the backward of another, one's exchange under the other's
+computation."""
 
 
 @dataclass(frozen=True, slots=True)
