@@ -38,18 +38,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = max(1, _BLOCK_ELEMENTS.get(hidden.device.type, 1 << 27) // len(weight))
         for start in range(0, len(hidden), size):
             rows = hidden[start : start + size]
-            valid = targets[start : start + size, None] != IGNORED
+            counts = targets[start : start + size, None] != IGNORED  # [rows, 1]
             target = targets[start : start + size, None].clamp(min=0)
-            scores = F.log_softmax(torch.mm(rows, weight.t()), -1, dtype=torch.float32)  # [rows, V]
-            loss -= (scores.gather(1, target) * valid).sum()
+            logits = torch.mm(rows, weight.t())  # [rows, V]
+            grad = F.softmax(logits, -1, dtype=torch.float32)
+            # The likeliest class has at least probability 1 / V, so its logarithm is exact where others underflow.
+            log_sum = logits.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
+            loss += ((log_sum - logits.gather(1, target)) * counts).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad = scores.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-            grad = grad.mul_(valid).type_as(hidden)
+            grad = grad.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)).type_as(hidden)
+            # Ignored rows are cleared where they are D wide and not V.
             if needs_hidden:
-                torch.mm(grad, weight, out=grad_hidden[start : start + size])
+                torch.mm(grad, weight, out=grad_hidden[start : start + size]).mul_(counts)
             if needs_weight:
-                _add_product(grad_weight, grad.t(), rows)
+                _add_product(grad_weight, grad.t(), rows * counts)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.type_as(weight))
         return loss
 
