@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ class LanguageModel(nn.Module):
         embedded = self.model.embed_tokens(input_ids)  # [B, S, D]
         span = self._span(input_ids, documents, cache)
         hidden, routing = embedded, {}
-        for index, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
+        for index, layer in enumerate(islice(self.model.layers, self.config.num_hidden_layers)):
             hidden, chosen = layer(hidden, span)
             if chosen is not None:
                 routing[index] = chosen

@@ -105,16 +105,16 @@ def absorbed_attention(
     rank = expansion.shape[-1]
     key_rows, value_rows = expansion[:, :width], expansion[:, width:]
     # [H, B S, N] @ [H, N, C] -> [B, S, H, C]
-    moved = torch.matmul(query.permute(2, 0, 1, 3).reshape(heads, -1, width), key_rows)
+    moved = torch.bmm(query.permute(2, 0, 1, 3).reshape(heads, -1, width), key_rows)
     moved = moved.view(heads, batch, length, rank).permute(1, 2, 0, 3)
     moved = torch.cat((moved, rotary_query), -1).view(batch, length * heads, -1)  # [B, S H, C + R]
-    scores = torch.matmul(moved, latents.transpose(1, 2)).float() * scale  # [B, S H, L]
+    scores = torch.bmm(moved, latents.transpose(1, 2)).float() * scale  # [B, S H, L]
     if mask is not None:
         scores = scores.view(batch, length, heads, -1).masked_fill(~mask[:, :, None], -torch.inf).view_as(scores)
     weights = scores.softmax(-1).type_as(latents)
-    context = torch.matmul(weights, latents[..., :rank])  # [B, S H, C]
+    context = torch.bmm(weights, latents[..., :rank])  # [B, S H, C]
     context = context.view(-1, heads, rank).transpose(0, 1)  # [H, B S, C]
-    values = torch.matmul(context, value_rows.transpose(1, 2))  # [H, B S, V]
+    values = torch.bmm(context, value_rows.transpose(1, 2))  # [H, B S, V]
     return values.transpose(0, 1).reshape(batch, length, heads, -1)
 
 

@@ -10,9 +10,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; computed in float32, returned in x's dtype."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
-        # torch's backward on the processor is a chain of thirty small operations, 2 to 3 times as long as this one.
-        return _RMSNorm.apply(x, weight, eps)
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+        # torch has no fused kernel for the processor, forwards or backwards: chains of small operations.
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, weight, eps)
+        if x.numel() == x.shape[-1]:
+            return x * (float(torch.linalg.vector_norm(x)) ** 2 / x.shape[-1] + eps) ** -0.5 * weight
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
