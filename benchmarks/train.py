@@ -41,7 +41,7 @@ class Workload(Settings):
     preset: str = "tiny"
     batch: int = Field(8, ge=1)
     sequence_length: int = Field(256, ge=2)
-    prompt_tokens: int = Field(32, ge=1)
+    prompt_tokens: int = Field(256, ge=1)
     new_tokens: int = Field(64, ge=1)
     repetitions: int = Field(7, ge=1)
     threads: int = Field(2, ge=1)

@@ -34,13 +34,13 @@ class LatentAttention(nn.Module):
         self.value_width = config.v_head_dim
         width, placed = config.hidden_size, {"device": device, "dtype": dtype}
         query_rows = self.heads * config.query_head_dim
-        if config.q_lora_rank:
+        self.compresses_queries = config.q_lora_rank is not None
+        if self.compresses_queries:
             self.q_a_proj = Linear(width, config.q_lora_rank, bias=config.qkv_bias, **placed)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, **placed)
             self.q_b_proj = Linear(config.q_lora_rank, query_rows, bias=False, **placed)
         else:
             self.q_proj = Linear(width, query_rows, bias=False, **placed)
-        self.compresses_queries = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = Linear(width, self.rank + self.rotary_width, bias=config.qkv_bias, **placed)
         self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS, **placed)
         expanded_rows = self.heads * (self.key_width + config.v_head_dim)

@@ -5,12 +5,9 @@ A mask is bool [B or 1, S, L], True where a query may look; None means causal ov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -20,14 +17,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Ten
     """
     length = query.shape[1]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H, S, Dq]
-    covers = query.shape[2] == key.shape[2]
-    if covers and query.device.type == "cpu" and query.dtype == torch.float32 and torch.is_grad_enabled():
-        # torch's kernel for the processor takes twice as long forwards and backwards; for other dtypes it keeps the
-        # softmax in float32.
-        shared = query.shape[1] // key.shape[1]
-        if shared > 1:
-            key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-        return _BlockAttention.apply(query, key, value, scale, mask).transpose(1, 2)
+    width = value.shape[-1]
+    if query.device.type == "cpu" and width < query.shape[-1]:
+        # The processor's fused kernel takes one width for all three; padding costs less than the S x L scores of the
+        # plain path.
+        value = F.pad(value, (0, query.shape[-1] - width))
     out = F.scaled_dot_product_attention(
         query,
         key,
@@ -37,59 +31,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Ten
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out.transpose(1, 2)
-
-
-class _BlockAttention(torch.autograd.Function):
-    """Attention over blocks of queries, each with the keys it can see: half the products of a causal square are never
-    made, the block's probabilities stay in cache, and backward computes them again instead of keeping S^2 numbers."""
-
-    block = 64
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
-    ) -> Tensor:
-        query, key, value = (query * scale).contiguous(), key.contiguous(), value.contiguous()
-        out = [
-            torch.matmul(_probabilities(query, key, rows, mask), value[:, :, : rows.stop])
-            for rows in _blocks(query.shape[2], _BlockAttention.block)
-        ]
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale = scale
-        return torch.cat(out, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for rows in _blocks(query.shape[2], _BlockAttention.block):
-            seen, mine = slice(0, rows.stop), grad[:, :, rows]
-            weights = _probabilities(query, key, rows, mask)
-            grad_value[:, :, seen] += torch.matmul(weights.transpose(2, 3), mine)
-            grad_weights = torch.matmul(mine, value[:, :, seen].transpose(2, 3))
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            torch.mul(torch.matmul(grad_scores, key[:, :, seen]), ctx.scale, out=grad_query[:, :, rows])
-            grad_key[:, :, seen] += torch.matmul(grad_scores.transpose(2, 3), query[:, :, rows])
-        return grad_query, grad_key, grad_value, None, None
-
-
-def _blocks(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
-
-
-def _probabilities(query: Tensor, key: Tensor, rows: slice, mask: Tensor | None) -> Tensor:
-    """Softmax of scaled query rows over the keys up to the last of them: [B, H, rows, rows.stop]."""
-    scores = torch.matmul(query[:, :, rows], key[:, :, : rows.stop].transpose(2, 3))
-    if mask is not None:
-        scores.masked_fill_(~mask[:, None, rows, : rows.stop], -torch.inf)
-    else:
-        size = rows.stop - rows.start
-        later = torch.ones(size, size, dtype=torch.bool).triu_(1)
-        scores[..., rows.start :].masked_fill_(later, -torch.inf)
-    return scores.softmax(-1)
+    return out.transpose(1, 2)[..., :width]
 
 
 def absorbed_attention(

@@ -7,11 +7,12 @@ order of its choices: the same result on every run, whatever the load.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class _ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+        ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
     ) -> Tensor:
         chosen = experts.flatten()
         order = chosen.argsort(stable=True)
@@ -84,7 +85,8 @@ class _ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         x, weights, gate_up_proj, down_proj, order, tokens, places, hidden = ctx.saved_tensors
         grad_gate_up, grad_down = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
         grad_rows = x.new_empty(len(order), x.shape[1])
