@@ -85,7 +85,7 @@ class _ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         (grad,) = grad_outputs
         x, weights, gate_up_proj, down_proj, order, tokens, places, hidden = ctx.saved_tensors
         grad_gate_up, grad_down = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)

@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         (grad,) = grad_outputs
         return *(None if saved is None else saved * grad.type_as(saved) for saved in ctx.saved_tensors), None
 
