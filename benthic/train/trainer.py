@@ -116,12 +116,13 @@ class Trainer:
         self.validation = row
         if found.loss < self.best.get("val_loss", float("inf")):
             self.best = {"step": self.step, "val_loss": found.loss}
+        best = "" if self.best["step"] == self.step else f"  (best {self.best['val_loss']:.3f} at {self.best['step']})"
         shares = enumerate(found.acceptance, start=1)
         accepted = "".join(f"  prediction {depth} accepted {share:.1%}" for depth, share in shares)
         balance = "" if found.max_violation is None else f"  MaxVio {found.max_violation:.2f}"
         display.note(
             f"validation at step {self.step}: loss {found.loss:.3f}, {found.bits_per_byte:.3f} bits per byte"
-            f"{accepted}{balance}"
+            f"{accepted}{balance}{best}"
         )
 
     def _validation(self, max_tokens: int | None) -> Validation:
