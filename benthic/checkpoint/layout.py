@@ -124,6 +124,6 @@ def without_absent_predictions(config: ModelConfig, entries: Mapping[str, Entry]
         return config
     logger.warning(
         f"{folder}: config.json says num_nextn_predict_layers {count}, but the weights hold no prediction layer "
-        "(transformers leaves them out when it saves); loading the main model alone"
+        "(transformers leaves them out when it saves); it is taken as the main model alone"
     )
     return config.replace(num_nextn_predict_layers=0)

@@ -12,6 +12,7 @@ from benthic.config.published import preset_names
 from benthic.errors import ConfigError
 from benthic.plan.devices import DEVICES
 from benthic.plan.kv_cache import CACHE_FORMATS
+from benthic.plan.layout import OBJECTIVES
 from benthic.plan.operations import RECOMPUTATIONS
 from benthic.plan.parameters import WEIGHT_FORMATS
 from benthic.plan.plan import explain_plan, make_plan
@@ -34,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="put these beside MODEL")
     parser.add_argument("--explain", action="store_true", help="each figure as formula = numbers = value")
     parser.add_argument("--json", action="store_true", help="machine-readable, keys fixed")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of cache and memory (png, svg or pdf)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of cache, memory and cost (png, svg or pdf)")
     plan = parser.add_argument_group("what is planned")
     plan.add_argument("--device", metavar="NAME", help=f"{', '.join(sorted(DEVICES))} (default h100)")
     plan.add_argument("--gpus", type=int, help="all there are (default: the fewest that do)")
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--acceptance", type=float, help="share of MTP drafts accepted (default 0.85)")
     train = parser.add_argument_group("training")
     train.add_argument("--layout", metavar="AXES", help='such as "pp=16,schedule=dualpipe,fsdp=128,zero=1,ep=64"')
+    train.add_argument("--objective", choices=OBJECTIVES, help="search all layouts (default: the best of a few)")
     train.add_argument("--sequence-length", type=int, help="tokens in a sequence (default 4096)")
     train.add_argument("--sequences", type=int, help="sequences in a step, all GPUs together")
     train.add_argument("--micro-batch", type=int, help="sequences a GPU works on at a time (default 1)")

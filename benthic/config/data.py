@@ -27,7 +27,7 @@ class DataConfig(Settings):
     procedural_bytes: int = Field(2_000_000, ge=1)
     """Size of procedural text, in bytes of UTF-8."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
-    """Share of the documents held out, chosen by the hash of their names."""
+    """Share of the documents held out, chosen by the hash of their names; of few documents, the end of each."""
 
     tokenizer: str | None = None
     """Folder of a published tokenizer; None trains one on the training text."""

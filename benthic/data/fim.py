@@ -9,10 +9,16 @@ decided by the seed and the name alone.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from benthic.data.sources import Document
 from benthic.data.splitmix import Draws
+
+Ids = Sequence[int] | NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,7 @@ def pieces(document: Document, rate: float, seed: int) -> Pieces | None:
     return Pieces(text[:first], text[first:last], text[last:])
 
 
-def arranged(prefix: list[int], middle: list[int], suffix: list[int], fim_ids: tuple[int, int, int]) -> list[int]:
-    """Ids of the three pieces in PSM order; `fim_ids` are begin, hole and end."""
+def arranged(prefix: Ids, middle: Ids, suffix: Ids, fim_ids: tuple[int, int, int]) -> list[Ids]:
+    """The three pieces in PSM order between `fim_ids` (begin, hole, end), to be joined."""
     begin, hole, end = fim_ids
-    return [begin, *prefix, hole, *suffix, end, *middle]
+    return [[begin], prefix, [hole], suffix, [end], middle]

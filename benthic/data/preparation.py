@@ -14,6 +14,7 @@ from pathlib import Path
 from benthic.config.data import DataConfig
 from benthic.data.dataset import DOCUMENTS_FILE, MANIFEST_FILE, TOKENIZER_FOLDER, VERSION, Dataset, Manifest
 from benthic.data.fim import pieces
+from benthic.data.passages import passages
 from benthic.data.sources import Document, Source, open_source
 from benthic.data.splits import Split, split
 from benthic.data.tokens import SplitFacts, TokenWriter
@@ -75,13 +76,13 @@ def _train(config: DataConfig, source: Source, report: Progress) -> Tokenizer:
 
     def texts() -> Iterator[str]:
         read = 0
-        for which, document in split(source.read(), config.validation_fraction):
-            if which == "train" and read < config.tokenizer_training_bytes:
-                read += len(document.text.encode())
+        for which, document in split(source.read, config.validation_fraction):
+            for passage in passages(document.text) if which == "train" else ():
+                if read >= config.tokenizer_training_bytes:
+                    return
+                read += len(passage.encode())
                 report("training the tokenizer", read, total)
-                yield document.text
-            elif read >= config.tokenizer_training_bytes:
-                return
+                yield passage
 
     _refuse_empty(source, config)
     tokenizer = train_tokenizer(texts(), config.vocab_size)
@@ -90,7 +91,7 @@ def _train(config: DataConfig, source: Source, report: Progress) -> Tokenizer:
 
 
 def _refuse_empty(source: Source, config: DataConfig) -> None:
-    if next(split(source.read(), config.validation_fraction), None) is None:
+    if next(split(source.read, config.validation_fraction), None) is None:
         raise DataError(f"{source.description}: no text in it", hint="point data.path to files with text in them")
 
 
@@ -105,7 +106,7 @@ def _tokenise(
         listing = files.enter_context(atomic_file(folder / DOCUMENTS_FILE, DataError))
         digest = hashlib.sha256()
         done = 0
-        for batch in _batches(split(source.read(), config.validation_fraction)):
+        for batch in _batches(split(source.read, config.validation_fraction)):
             for name, group in groupby(sorted(batch, key=lambda one: one[0]), key=lambda one: one[0]):
                 documents = [document for _, document in group]
                 rate = config.fim_rate if name == "train" else 0.0

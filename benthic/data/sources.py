@@ -149,6 +149,10 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             raise DataError(f"{path}, line {number} has no field {field!r}", hint=did_you_mean(field, row))
         if not isinstance(row[field], str):
             raise DataError(f"{path}, line {number}: field {field!r} holds a {type(row[field]).__name__}, not text")
+        if any("\ud800" <= character <= "\udfff" for character in row[field]):
+            raise DataError(
+                f"{path}, line {number}: field {field!r} holds half a surrogate pair, which is no character"
+            )
         yield row[field]
 
 

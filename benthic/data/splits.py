@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Literal
 
 from benthic.data.sources import Document
 
 Split = Literal["train", "validation"]
 
-FEW = 20
-"""A corpus of fewer documents than this is not divided by name: each document gives its last lines."""
+LEAST_HELD_OUT = 8
+"""Where fewer documents than this are to be expected in validation, each document gives its last lines instead."""
 
 
-def split(documents: Iterable[Document], fraction: float) -> Iterator[tuple[Split, Document]]:
-    """Every document that is not empty and not seen before, with its split."""
-    kept = _distinct(documents)
-    first = list(islice(kept, FEW))
-    if len(first) < FEW:
-        for document in first:
+def split(read: Callable[[], Iterable[Document]], fraction: float) -> Iterator[tuple[Split, Document]]:
+    """Every document of `read()` that is not empty and not seen before, with its split."""
+    enough = int(LEAST_HELD_OUT / fraction)
+    if sum(1 for _ in islice(_distinct(read()), enough)) < enough:
+        for document in _distinct(read()):
             yield from _cut(document, fraction)
         return
-    for document in chain(first, kept):
+    for document in _distinct(read()):
         yield ("validation" if _share(document.name) < fraction else "train"), document
 
 
 def _distinct(documents: Iterable[Document]) -> Iterator[Document]:
     seen: set[bytes] = set()
     for document in documents:
-        digest = hashlib.blake2b(document.text.encode(errors="surrogatepass"), digest_size=16).digest()
+        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
         if document.text.strip() and digest not in seen:
             seen.add(digest)
             yield document

@@ -20,10 +20,14 @@ from numpy.typing import NDArray
 
 from benthic.config.settings import Settings
 from benthic.data.fim import Pieces, arranged
+from benthic.data.passages import passages
 from benthic.errors import DataError
 from benthic.text import Tokenizer
 
 REBUILD = "delete the folder to prepare the data again"
+
+_GROUP = 256
+"""Passages tokenised at once: enough for every core, some 16 MB of text at most."""
 
 
 class SplitFacts(Settings):
@@ -99,23 +103,33 @@ class TokenWriter:
     def write(self, texts: Iterable[str | Pieces]) -> None:
         """Tokenise a batch of documents and append it; one cut in pieces is rearranged to fill in the middle."""
         texts = list(texts)
-        strings = [piece for text in texts for piece in _strings(text)]
-        encoded = iter(self._tokenizer.encode_batch(strings))
+        encoded = self._encode([string for text in texts for string in _strings(text)])
         ids = [self._document(text, encoded) for text in texts]
-        content = np.concatenate([np.asarray(one, dtype=self._dtype) for one in ids]).tobytes() if ids else b""
+        content = b"".join(one.tobytes() for one in ids)
         self._bin.write(content)
         self._digest.update(content)
         ends = self._tokens + np.cumsum([len(one) for one in ids], dtype="<i8")
         self._idx.write(ends.tobytes())
         self._tokens += sum(map(len, ids))
         self._documents += len(ids)
-        self._text_bytes += sum(len(string.encode()) for string in strings)
+        self._text_bytes += sum(len(string.encode()) for text in texts for string in _strings(text))
 
-    def _document(self, text: str | Pieces, encoded: Iterator[list[int]]) -> list[int]:
-        ids = next(encoded)
+    def _encode(self, strings: list[str]) -> Iterator[NDArray[np.unsignedinteger]]:
+        """Ids of each string, in groups of passages; lists of Python integers are kept for one group only."""
+        parts = [list(passages(string)) for string in strings]
+        flat = [passage for part in parts for passage in part]
+        groups = (flat[first : first + _GROUP] for first in range(0, len(flat), _GROUP))
+        encoded = (np.asarray(ids, self._dtype) for group in groups for ids in self._tokenizer.encode_batch(group))
+        for part in parts:
+            yield np.concatenate([next(encoded) for _ in part])
+
+    def _document(
+        self, text: str | Pieces, encoded: Iterator[NDArray[np.unsignedinteger]]
+    ) -> NDArray[np.unsignedinteger]:
+        parts = [next(encoded) for _ in _strings(text)]
         if isinstance(text, Pieces):
-            ids = arranged(ids, next(encoded), next(encoded), self._tokenizer.fim_ids)
-        return [*self._head, *ids, *self._tail]
+            parts = arranged(parts[0], parts[1], parts[2], self._tokenizer.fim_ids)
+        return np.concatenate([np.asarray(part, self._dtype) for part in (self._head, *parts, self._tail)])
 
     def facts(self) -> SplitFacts:
         """What has been written so far."""

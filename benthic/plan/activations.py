@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from benthic.config.model import ModelConfig
@@ -66,8 +67,15 @@ def layer_activations(
     Recomputation "up_projections" drops norm outputs, what is expanded from latents, and SwiGLU's products
     (DeepSeek-V3 report, 3.2.3); "attention" the attention block; "layer" all but the layer's input.
     """
-    everything = [*_attention(config, precision), *_feed_forward(config, layer, precision, rows)]
-    return [one for one in everything if one.role not in DROPPED_ROLES[recomputation]]
+    return list(_layer_activations(config, config.is_expert_layer(layer), precision, recomputation, rows))
+
+
+@lru_cache(maxsize=64)
+def _layer_activations(
+    config: ModelConfig, experts: bool, precision: TrainingPrecision, recomputation: Recomputation, rows: float
+) -> tuple[Saved, ...]:
+    everything = (*_attention(config, precision), *_feed_forward(config, experts, precision, rows))
+    return tuple(one for one in everything if one.role not in DROPPED_ROLES[recomputation])
 
 
 def prediction_activations(
@@ -144,10 +152,9 @@ def _plain_inputs(
         yield Saved("attention", "halves to rotate in float32", (heads + key_heads) * head * 4, "attention")
 
 
-def _feed_forward(config: ModelConfig, layer: int, precision: TrainingPrecision, rows: float) -> Iterator[Saved]:
+def _feed_forward(config: ModelConfig, experts: bool, precision: TrainingPrecision, rows: float) -> Iterator[Saved]:
     width, size = config.hidden_size, element_bytes(precision)
     matrix_input = FP8_ELEMENT if precision == "fp8" else size
-    experts = config.is_expert_layer(layer)
     # Routed rows are copies, and the router reads its own in float32: only a shared expert needs the input itself.
     reads_input = not experts or config.n_shared_experts or precision != "bf16"
     norm_first = config.norm_placement == "before"

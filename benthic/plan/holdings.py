@@ -41,12 +41,12 @@ class Holding:
         return self.dense / layout.dense_shards + self.routed / layout.expert_shards
 
 
-def hold(rows: Iterable[Parameter], layout: ParallelConfig) -> Holding:
-    """What one rank holds of `rows`."""
+def hold(rows: Iterable[Parameter], expert: int, tensor: int) -> Holding:
+    """What one rank holds of `rows` when experts and matrices are split over so many."""
     total = Holding()
     for row in rows:
         routed = row.part == "routed"
-        split = layout.expert if routed else layout.tensor if row.shard_axis is not None else 1
+        split = expert if routed else tensor if row.shard_axis is not None else 1
         size = row.size / split
         if row.group == "routing_bias":
             total += Holding(buffers=size)
@@ -98,17 +98,27 @@ def pipeline_rank(config: ModelConfig, layout: ParallelConfig, stages: Sequence[
     layers = tuple(layer for stage in stages_of_rank(layout, rank) for layer in stages[stage])
     end = config.num_hidden_layers + config.num_nextn_predict_layers - 1
     first, last = 0 in layers, end in layers
-    rows = _rows_of_blocks(config)
     embeds = first or (last and bool(config.num_nextn_predict_layers or config.tie_word_embeddings))
-    names = ["embedding"] * embeds + ["head"] * last + [name for layer in layers for name in block_names(layer)]
-    blocks = {"embedding": Holding(), "head": Holding()}
-    return Rank(layers, blocks | {name: hold(rows[name], layout) for name in names}, first, last)
+    held = _blocks(config, layout.expert, layout.tensor)
+    names = [name for layer in layers for name in block_names(layer)]
+    outside = {"embedding": held["embedding"] if embeds else Holding(), "head": held["head"] if last else Holding()}
+    return Rank(layers, outside | {name: held[name] for name in names}, first, last)
 
 
 def layer_holding(config: ModelConfig, layout: ParallelConfig, layer: int) -> Holding:
     """What one rank holds of a layer."""
-    rows = _rows_of_blocks(config)
-    return sum((hold(rows[name], layout) for name in block_names(layer)), Holding())
+    held = _blocks(config, layout.expert, layout.tensor)
+    return sum((held[name] for name in block_names(layer)), Holding())
+
+
+def whole_model(config: ModelConfig, layout: ParallelConfig) -> Holding:
+    """What one rank would hold of all layers, embedding and head."""
+    return sum(_blocks(config, layout.expert, layout.tensor).values(), Holding())
+
+
+@lru_cache(maxsize=256)
+def _blocks(config: ModelConfig, expert: int, tensor: int) -> dict[str, Holding]:
+    return {name: hold(rows, expert, tensor) for name, rows in _rows_of_blocks(config).items()}
 
 
 @lru_cache(maxsize=8)

@@ -13,18 +13,21 @@ class Ledger:
         self.formulas: dict[tuple[str, str], str] = {}
         self.peak: dict[tuple[str, str], float] = {}
         self.highest = ""
+        self._total = self._peak_total = 0.0
 
     def hold(self, part: str, name: str, size: float, formula: str = "") -> None:
         """`size` more bytes are alive (fewer, if negative)."""
         self.alive[part, name] = self.alive.get((part, name), 0.0) + size
+        self._total += size
         if formula:
             self.formulas[part, name] = formula
 
     def moment(self, name: str, **workspace: float) -> None:
         """A moment at which `workspace` is alive too."""
-        extra = {("workspace", key.replace("_", " ")): size for key, size in workspace.items()}
-        if sum(self.alive.values()) + sum(extra.values()) > sum(self.peak.values()):
-            self.peak, self.highest = self.alive | extra, name
+        total = self._total + sum(workspace.values())
+        if total > self._peak_total:
+            extra = {("workspace", key.replace("_", " ")): size for key, size in workspace.items()}
+            self.peak, self.highest, self._peak_total = self.alive | extra, name, total
 
     def terms(self, tokens: float) -> tuple[Term, ...]:
         """What was alive at the highest moment; what has no formula is shown by its bytes a token."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.plan.breakdown import Breakdown, Term
-from benthic.plan.holdings import Rank, pipeline_rank
+from benthic.plan.holdings import Rank, pipeline_rank, stages_of_rank
 from benthic.plan.ledger import Ledger
 from benthic.plan.pipeline import cut
 from benthic.plan.playback import Playback
@@ -50,8 +50,19 @@ def training_memory(
     layout.check_model(config)
     blocks = config.num_hidden_layers + config.num_nextn_predict_layers
     stages = stages or cut([1.0] * blocks, layout.stages)
-    ranks = (_memory_of_rank(config, training, layout, stages, rank) for rank in range(layout.pipeline))
-    return max(ranks, key=lambda memory: memory.total)
+    found = [_memory_of_rank(config, training, layout, stages, rank) for rank in _different(config, layout, stages)]
+    return max(found, key=lambda memory: memory.total)
+
+
+def _different(config: ModelConfig, layout: ParallelConfig, stages: Sequence[range]) -> list[int]:
+    """The first rank of each kind: of ranks that hold alike layers, none keeps more micro-batches than the first."""
+    kinds: dict[tuple, int] = {}
+    end = config.num_hidden_layers + config.num_nextn_predict_layers - 1
+    for rank in range(layout.pipeline):
+        layers = [layer for stage in stages_of_rank(layout, rank) for layer in stages[stage]]
+        special = {0, end} & set(layers) | {layer for layer in layers if layer >= config.num_hidden_layers}
+        kinds.setdefault((*map(config.is_expert_layer, layers), *sorted(special)), rank)
+    return list(kinds.values())
 
 
 def _memory_of_rank(

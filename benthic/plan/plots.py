@@ -1,4 +1,4 @@
-"""Plans as a picture: cache against context, where memory goes. Imports matplotlib, so only `--plot` imports this."""
+"""Plans as a picture: cache against context, training memory by part, cost. Only `--plot` imports this."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from benthic.config import ModelConfig
 from benthic.errors import ConfigError, RunError
+from benthic.plan.devices import find_device
 from benthic.plan.kv_cache import bytes_per_token_if
 
 FORMATS = ("png", "svg", "pdf")
 KIND_COLOURS = {"mha": "#b2182b", "gqa": "#ef8a62", "mqa": "#67a9cf", "mla": "#2166ac"}
-PARTS = ("routed", "shared", "dense", "attention", "embedding", "head", "router", "norm")
 
 
 def plot_plans(configs: list[ModelConfig], plans: list[dict[str, Any]], path: Path) -> None:
@@ -24,10 +24,11 @@ def plot_plans(configs: list[ModelConfig], plans: list[dict[str, Any]], path: Pa
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(f"plots need matplotlib: {error}", hint="pip install 'benthic[plot]'") from None
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    caches, memory = figure.subplots(1, 2)
+    figure = Figure(figsize=(18, 5), layout="constrained")
+    caches, memory, cost = figure.subplots(1, 3)
     _draw_caches(caches, configs, plans)
     _draw_memory(memory, plans)
+    _draw_cost(cost, plans)
     _save(figure, path, kind)
 
 
@@ -53,16 +54,34 @@ def _draw_caches(axes: Any, configs: list[ModelConfig], plans: list[dict[str, An
 
 
 def _draw_memory(axes: Any, plans: list[dict[str, Any]]) -> None:
-    """Parameters by part, stacked."""
-    names = [_name(plan) for plan in plans]
+    """Training memory of the fullest GPU by part, under the line of what the device has."""
+    _stack(axes, plans, [plan["memory"]["by_part"] for plan in plans], 1e9)
+    capacity = find_device(plans[0]["training"]["device"]).memory_bytes / 1e9
+    axes.axhline(capacity, color="black", linestyle="--", linewidth=1)
+    axes.text(0.0, capacity, " all there is", transform=axes.get_yaxis_transform(), va="bottom")
+    axes.set(ylabel="GB on the fullest GPU", title=f"Training memory, {plans[0]['training']['device']}")
+
+
+def _draw_cost(axes: Any, plans: list[dict[str, Any]]) -> None:
+    """Dollars of a run, by what the time goes to."""
+    prices = [plan["cost"]["dollars_per_hour"] for plan in plans]
+    hours = [plan["cost"]["gpu_hours_by_part"] for plan in plans]
+    dollars = [{part: price * h for part, h in one.items()} for price, one in zip(prices, hours, strict=True)]
+    _stack(axes, plans, dollars, 1e6)
+    tokens = plans[0]["cost"]["tokens"] / 1e9
+    axes.set(ylabel="million dollars", title=f"Cost of {tokens:,.0f} billion tokens")
+
+
+def _stack(axes: Any, plans: list[dict[str, Any]], heights: list[dict[str, float]], unit: float) -> None:
+    """A bar a plan, its parts on top of each other."""
+    names = [f"{_name(plan)}\n{plan['training']['gpus']:,} GPUs" for plan in plans]
     base = [0.0] * len(plans)
-    for part in PARTS:
-        sizes = [plan["parameters"][part] / 1e9 for plan in plans]
-        if any(sizes):
-            axes.bar(names, sizes, bottom=base, label=part, width=0.5)
-            base = [below + size for below, size in zip(base, sizes, strict=True)]
-    axes.set(ylabel="parameters, 10^9", title="Parameters by part")
-    axes.legend()
+    for part in dict.fromkeys(part for one in heights for part in one):
+        sizes = [max(0.0, one.get(part, 0.0)) / unit for one in heights]
+        axes.bar(names, sizes, bottom=base, label=part, width=0.4)
+        base = [below + size for below, size in zip(base, sizes, strict=True)]
+    axes.margins(x=0.4, y=0.1)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _name(plan: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from benthic.errors import ConfigError
 from benthic.plan.devices import find_device
 from benthic.plan.inference import AttentionLayout, Serving, check, fewest_gpus
 from benthic.plan.kv_cache import CacheFormat
+from benthic.plan.layout import Objective
 from benthic.plan.operations import Recomputation
 from benthic.plan.parameters import WeightFormat, stored_format
 from benthic.plan.training import TrainingPrecision
@@ -35,6 +36,8 @@ class PlanRequest(Settings):
     """Share of drafts accepted; 0.85 to 0.90 published for V3 (technical report, section 5.4.3)."""
     layout: str | None = None
     """Of training, as in ParallelConfig.parse."""
+    objective: Objective | None = None
+    """What a search of all layouts is for; None tries a few."""
     sequences: Positive | None = None
     """In one training step, all GPUs together."""
     micro_batch: Positive = 1
@@ -79,10 +82,7 @@ def _serving_gpus(config: ModelConfig, request: PlanRequest, serving: Serving) -
         return fewest, f"served by {fewest} GPUs: the smallest power of two that holds weights and cache"
     powers = (2**power for power in range(limit.bit_length()))
     most = max(gpus for gpus in powers if _divides(config, serving, gpus))
-    return (
-        most,
-        f"served by {most} GPUs, the largest power of two up to {limit} that divides the model; it does not fit",
-    )
+    return most, f"served by {most} GPUs, which do not hold it: no power of two up to {limit} does"
 
 
 def _divides(config: ModelConfig, serving: Serving, gpus: int) -> bool:

@@ -201,9 +201,8 @@ def _training(plan: dict[str, Any]) -> Iterator[Table]:
     table.add_row("tokens/s a GPU", f"{found['tokens_per_second_per_gpu']:,.0f}", "")
     table.add_row("model FLOPs of the bf16 peak", f"{found['model_flops_utilisation']:.1%}", "")
     yield table
-    table = _table(
-        f"{cost['tokens']:,.4g} tokens at {cost['dollars_per_hour']:.2f} dollars a GPU-hour", "what", "value"
-    )
+    price = f"{cost['dollars_per_hour']:.2f} dollars a GPU-hour"
+    table = _table(f"A run of {cost['tokens'] / 1e9:,.0f} billion tokens at {price}", "what", "value")
     table.add_row("GPU-hours", f"{cost['gpu_hours']:,.0f}")
     table.add_row("dollars", f"{cost['dollars']:,.0f}")
     table.add_row("days", f"{cost['days']:,.1f}")
@@ -217,7 +216,7 @@ def _operations(call: str, operations: list[dict[str, Any]]) -> Table:
     ranked = sorted(operations, key=lambda one: -one["seconds"])[:OPERATIONS_SHOWN]
     for one in ranked:
         table.add_row(
-            one["name"],
+            one["name"].removeprefix("self_attn.").removeprefix("mlp."),
             f"{one['count']}",
             f"{one['flops'] / 1e9:,.1f}",
             f"{one['bytes'] / 1e9:,.3f}",
@@ -241,7 +240,12 @@ _COMPARED = {
     "GPUs to serve": lambda plan: f"{plan['serving']['gpus']} x {plan['serving']['device']}",
     "longest context that fits": lambda plan: f"{plan['serving']['longest_context']:,}",
     "largest batch that fits": lambda plan: f"{plan['serving']['largest_batch']:,}",
-    "a token takes, at least": lambda plan: _seconds(plan["serving"]["steps"][0]["seconds_per_token"]),
+    "a token takes to decode, at least": lambda plan: _seconds(plan["serving"]["steps"][0]["seconds_per_token"]),
+    "GPUs to train": lambda plan: f"{plan['training']['gpus']:,} x {plan['training']['device']}",
+    "training memory of the fullest GPU": lambda plan: _bytes(plan["memory"]["training_bytes_per_gpu"]),
+    "training tokens/s a GPU": lambda plan: f"{plan['training']['tokens_per_second_per_gpu']:,.0f}",
+    "GPU-hours of the run": lambda plan: f"{plan['cost']['gpu_hours']:,.0f}",
+    "dollars": lambda plan: f"{plan['cost']['dollars']:,.0f}",
 }
 
 

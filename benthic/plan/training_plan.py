@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,22 +11,14 @@ from benthic.errors import ConfigError
 from benthic.plan.breakdown import Breakdown
 from benthic.plan.cost import Cost, training_cost
 from benthic.plan.devices import Device, find_device
-from benthic.plan.memory import TrainingMemory, training_memory
-from benthic.plan.operations import RECOMPUTATIONS, Recomputation
-from benthic.plan.parameters import count_parameters, stored_format
+from benthic.plan.layout import Choice
+from benthic.plan.layout_choice import choose_layout, reasons
+from benthic.plan.memory import TrainingMemory
+from benthic.plan.parameters import stored_format
 from benthic.plan.replay import Replay
 from benthic.plan.request import PlanRequest
 from benthic.plan.training import Training, TrainingPrecision
-from benthic.plan.training_time import StepTime, step_time
-
-MICRO_BATCHES_A_STAGE = 8
-"""Micro-batches for each pipeline rank where no batch is asked for: a bubble of a tenth or so."""
-
-
-LARGEST_WORLD = 8192
-"""GPUs beyond which no layout is searched where none are asked for."""
-LEAST_STATE_BYTES = 9
-"""Of a parameter: FP8 weight, float32 master weight, two bf16 moments."""
+from benthic.plan.training_time import StepTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +26,29 @@ class TrainingPlan:
     """A run as planned. `choices` say what was decided and why."""
 
     device: Device
-    layout: ParallelConfig
-    training: Training
-    memory: TrainingMemory
-    step: StepTime
+    chosen: Choice
     cost: Cost
     choices: tuple[str, ...]
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """How the GPUs are used."""
+        return self.chosen.layout
+
+    @property
+    def training(self) -> Training:
+        """What a step keeps and computes."""
+        return self.chosen.training
+
+    @property
+    def memory(self) -> TrainingMemory:
+        """Of the fullest GPU."""
+        return self.chosen.memory
+
+    @property
+    def step(self) -> StepTime:
+        """Of the slowest rank."""
+        return self.chosen.step
 
     @property
     def fits(self) -> bool:
@@ -57,86 +65,16 @@ def plan_training(config: ModelConfig, request: PlanRequest) -> TrainingPlan:
     """Plan a run. Raises ConfigError where layout, batch and model do not divide."""
     device = find_device(request.device)
     precision, why = _precision(config, request, device)
-    layout, training, choices = _layout(config, request, device, precision)
-    sequences = layout.data * training.micro_batch * training.micro_batches
-    step = step_time(config, training, device, layout, sequences)
-    memory = training_memory(config, training, layout)
-    cost = training_cost(step, request.tokens, device, request.dollars_per_hour)
-    return TrainingPlan(device, layout, training, memory, step, cost, (why, *choices))
-
-
-def _layout(
-    config: ModelConfig, request: PlanRequest, device: Device, precision: TrainingPrecision
-) -> tuple[ParallelConfig, Training, list[str]]:
-    """The layout asked for, or the fewest GPUs that hold the model, with the least recomputation that fits."""
-    if request.layout is not None:
-        layout = ParallelConfig.parse(request.layout)
-        if request.gpus not in (None, layout.world):
-            raise ConfigError(f"layout {request.layout!r} is for {layout.world:,} GPUs, but gpus is {request.gpus:,}")
-        training, fits = _least_recomputation(config, request, device, precision, layout)
-        return layout, training, [_said(training, request)]
-    for world in [request.gpus] if request.gpus else _worlds(config, device):
-        layout = _sharded(config, device, world)
-        training, fits = _least_recomputation(config, request, device, precision, layout)
-        if fits:
-            break
-    return layout, training, [f"trained on {layout.world:,} GPUs laid out as {layout}", _said(training, request)]
-
-
-def _worlds(config: ModelConfig, device: Device) -> list[int]:
-    """Powers of two whose memory all together holds at least the states of training."""
-    states = LEAST_STATE_BYTES * count_parameters(config).total
-    worlds = [2**power for power in range(LARGEST_WORLD.bit_length())]
-    return [world for world in worlds if world * device.memory_bytes >= states] or [LARGEST_WORLD]
-
-
-def _sharded(config: ModelConfig, device: Device, world: int) -> ParallelConfig:
-    """Everything sharded (FSDP), experts over as many GPUs as divide them."""
-    expert = math.gcd(world, config.n_routed_experts) if config.n_routed_experts else 1
-    return ParallelConfig(shard=world, expert=expert)
-
-
-def _least_recomputation(
-    config: ModelConfig, request: PlanRequest, device: Device, precision: TrainingPrecision, layout: ParallelConfig
-) -> tuple[Training, bool]:
-    choices = [request.recomputation] if request.recomputation else list(RECOMPUTATIONS)
-    training = _training(request, precision, layout, choices[-1])
-    for recomputation in choices:
-        training = _training(request, precision, layout, recomputation)
-        if training_memory(config, training, layout).total <= device.memory_bytes:
-            return training, True
-    return training, False
-
-
-def _training(
-    request: PlanRequest, precision: TrainingPrecision, layout: ParallelConfig, recomputation: Recomputation
-) -> Training:
-    if request.sequences:
-        count = layout.check_batch(request.sequences, request.micro_batch, request.sequence_length)
-    else:
-        count = MICRO_BATCHES_A_STAGE * layout.pipeline if layout.pipeline > 1 else 1
-    return Training(
-        sequence_length=request.sequence_length,
-        micro_batch=request.micro_batch,
-        micro_batches=count,
-        precision=precision,
-        bf16_moments=precision == "fp8",
-        recomputation=recomputation,
-    )
-
-
-def _said(training: Training, request: PlanRequest) -> str:
-    why = "as asked" if request.recomputation else "the least that fits, or all there is"
-    return f"recomputation {training.recomputation}: {why}"
+    chosen = choose_layout(config, request, device, precision)
+    cost = training_cost(chosen.step, request.tokens, device, request.dollars_per_hour)
+    return TrainingPlan(device, chosen, cost, (why, *reasons(chosen, request)))
 
 
 def _precision(config: ModelConfig, request: PlanRequest, device: Device) -> tuple[TrainingPrecision, str]:
     if request.precision:
         if request.precision not in device.peak:
-            raise ConfigError(
-                f"precision is {request.precision}, which {device.name} lacks",
-                hint="allowed: " + ", ".join(device.peak),
-            )
+            allowed = "allowed: " + ", ".join(device.peak)
+            raise ConfigError(f"precision is {request.precision!r}, which {device.name} lacks", hint=allowed)
         return request.precision, f"training in {request.precision}, as asked"
     if stored_format(config) == "fp8" and "fp8" in device.peak:
         return "fp8", "training in fp8, as the published weights suggest"
@@ -174,6 +112,7 @@ def describe_cost(plan: TrainingPlan, tokens: float) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "gpu_hours": cost.gpu_hours,
+        "gpu_hours_by_part": cost.by_part,
         "dollars": cost.dollars,
         "days": cost.days,
         "dollars_per_hour": cost.dollars_per_hour,

@@ -71,15 +71,15 @@ def step_time(
     layout.check_model(config)
     sequences = sequences or layout.data * training.micro_batch * training.micro_batches
     count = layout.check_batch(sequences, training.micro_batch, training.sequence_length)
-    pieces = _all_layers(config, training, device, layout, overheads)
-    stages = cut([sum(piece.seconds for piece in layer) for layer in pieces], layout.stages)
-    return _step(config, training, device, layout, sequences, count, pieces, stages, overheads)
+    pieces = all_pieces(config, training, device, layout, overheads)
+    return assemble(config, training, device, layout, sequences, count, pieces, overheads)
 
 
-def _all_layers(
+def all_pieces(
     config: ModelConfig, training: Training, device: Device, layout: ParallelConfig, overheads: Overheads
 ) -> list[list[Piece]]:
-    """Pieces of every layer, the heads with the last one. Layers of a kind are alike."""
+    """Pieces of every layer, the heads with the last one. Layers of a kind are alike. Of the layout, only the tensor,
+    expert and context axes matter."""
     kinds: dict[tuple[bool, bool], list[Piece]] = {}
     pieces = []
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
@@ -91,7 +91,7 @@ def _all_layers(
     return pieces
 
 
-def _step(
+def assemble(
     config: ModelConfig,
     training: Training,
     device: Device,
@@ -99,9 +99,10 @@ def _step(
     sequences: int,
     count: int,
     pieces: Sequence[Sequence[Piece]],
-    stages: Sequence[range],
     overheads: Overheads,
 ) -> StepTime:
+    """A step of `count` micro-batches a rank from the pieces of its layers."""
+    stages = cut([sum(piece.seconds for piece in layer) for layer in pieces], layout.stages)
     # A rank's micro-batch passes through each stage it holds; DualPipe sends half of them through each.
     halves = 2 if layout.schedule == "dualpipe" and layout.pipeline > 1 else 1
     of_rank = [

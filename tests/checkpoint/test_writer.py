@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from benthic.checkpoint import load_into, open_checkpoint, write_checkpoint
 from benthic.checkpoint.folder import INDEX, WEIGHTS
+from benthic.checkpoint.layout import find_faults
 from benthic.checkpoint.shard import ShardWriter
+from benthic.checkpoint.writer import Encoding, plan_folder
 from benthic.config import ModelConfig
 from benthic.config.manifest import stored_tensors
 from benthic.errors import CapacityError, CheckpointError, ConfigError, NumericsError
@@ -241,3 +243,22 @@ def test_a_broken_generation_config_is_told_before_anything_is_written(previous)
     with pytest.raises(ConfigError, match=r"generation_config.json is not valid JSON"):
         write_checkpoint(random_tensors(TINY), TINY, previous)
     assert_untouched(previous, before)
+
+
+def test_the_plan_of_deepseek_v3_has_the_released_tensors():
+    """Counts of the released index: 46,183 weights and 45,808 scales; 684,489,845,504 weights with second copies."""
+    config = ModelConfig.from_pretrained("deepseek-v3")
+    encoding = Encoding("fp8")
+    rows = [(row, encoding.entries(row)) for row in stored_tensors(config)]
+    shards = plan_folder(rows, 5 * 10**9)
+    entries = {entry.name: entry for shard in shards for entry in shard.entries}
+    scales = {name: entry for name, entry in entries.items() if name.endswith("_scale_inv")}
+    assert (len(entries) - len(scales), len(scales)) == (46_183, 45_808)
+    assert sum(entry.size for entry in entries.values()) - sum(one.size for one in scales.values()) == 684_489_845_504
+    assert scales["model.layers.60.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (5, 56)
+    assert scales["model.layers.61.mlp.experts.255.down_proj.weight_scale_inv"].shape == (56, 16)
+    assert entries["model.layers.61.eh_proj.weight"].dtype == "BF16"
+    assert all(sum(entry.num_bytes for entry in shard.entries) <= 5 * 10**9 for shard in shards)
+    for name in scales:
+        assert entries[name].file == entries[name.removesuffix("_scale_inv")].file
+    assert not find_faults(encoding.configured(config), entries)

@@ -107,7 +107,7 @@ def test_plot_of_several_models(tmp_path, capsys):
         ([], "no MODEL given\nhint: benthic plan --list"),
         (["deepseek-v33"], "'deepseek-v33' is neither a preset nor a folder"),
         (["deepseek-v3", "--device", "h20"], "unknown device 'h20'; allowed: a100, b200, cpu, h100, h200, h800"),
-        (["deepseek-v3", "--gpus", "3"], "gpus is 3; it must divide n_routed_experts (256)"),
+        (["deepseek-v3", "--serving-gpus", "3"], "gpus is 3; it must divide n_routed_experts (256)"),
         (["deepseek-v3", "--batch", "0"], "batch: Input should be greater than 0 (given 0)"),
         (["deepseek-v3", "--context", "-5"], "context: Input should be greater than 0 (given -5)"),
         (["deepseek-v3", "--batch", "many"], "argument --batch: invalid int value: 'many'"),

@@ -24,4 +24,4 @@ def test_the_rate_is_kept_and_depends_on_name_and_seed():
 
 
 def test_the_order_is_prefix_suffix_middle():
-    assert arranged([1, 2], [3], [4, 5], (90, 91, 92)) == [90, 1, 2, 91, 4, 5, 92, 3]
+    assert arranged([1, 2], [3], [4, 5], (90, 91, 92)) == [[90], [1, 2], [91], [4, 5], [92], [3]]

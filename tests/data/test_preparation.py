@@ -18,9 +18,7 @@ from benthic.text import train_tokenizer
 
 def texts_of(config, which):
     return [
-        document.text
-        for name, document in split(open_source(config).read(), config.validation_fraction)
-        if name == which
+        document.text for name, document in split(open_source(config).read, config.validation_fraction) if name == which
     ]
 
 

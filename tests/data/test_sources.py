@@ -54,6 +54,7 @@ def test_jsonl_takes_the_text_field(tmp_path):
         (b"[1]\n", r"a\.jsonl, line 1 holds a list, not an object"),
         (b'{"test": "a"}\n', r"a\.jsonl, line 1 has no field 'text'\nhint: did you mean 'test'\?"),
         (b'{"text": 3}\n', r"a\.jsonl, line 1: field 'text' holds a int, not text"),
+        (b'{"text": "\\ud83c"}\n', r"a\.jsonl, line 1: field 'text' holds half a surrogate pair"),
         (b'{"text": "\xff"}\n', r"a\.jsonl, line 1 is not UTF-8 text \(byte 0xff at 10\)"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_folder_that_transformers_wrote_over_ours_loads_without_its_prediction
     theirs.save_pretrained(tmp_path / "theirs")
     with caplog.at_level(logging.WARNING, "benthic"):
         again = benthic.load_model(tmp_path / "theirs")
-    assert "loading the main model alone" in caplog.text
+    assert "it is taken as the main model alone" in caplog.text
     assert again.config.num_nextn_predict_layers == 0
     assert torch.equal(again(tokens(61)), model(tokens(61)))
 
@@ -143,3 +143,15 @@ def test_a_missing_gpu_is_a_clear_error(tmp_path, model):
     benthic.save_model(model, tmp_path)
     with pytest.raises(CapacityError, match=r"torch finds no CUDA GPU(.|\n)*use device='cpu'"):
         benthic.load_model(tmp_path, device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "fp8"])
+def test_a_gpu_writes_the_bytes_that_the_cpu_writes_and_loads_them(tmp_path, model, weights):
+    benthic.save_model(model, tmp_path / "cpu", weights=weights)
+    benthic.save_model(model.cuda(), tmp_path / "cuda", weights=weights)
+    name = "model.safetensors"
+    assert (tmp_path / "cpu" / name).read_bytes() == (tmp_path / "cuda" / name).read_bytes()
+    loaded = benthic.load_model(tmp_path / "cuda", device="cuda", dtype=torch.float32).state_dict()
+    for path, tensor in benthic.load_model(tmp_path / "cpu", dtype=torch.float32).state_dict().items():
+        assert torch.equal(loaded[path].cpu(), tensor), path

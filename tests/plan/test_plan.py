@@ -59,7 +59,7 @@ def test_what_was_left_open_is_decided_and_said():
     assert plan["serving"]["weights"] == "bf16"
     assert "weights in bf16, not in fp8 as stored: NVIDIA A100 SXM 80 GB has no fp8 arithmetic" in plan["assumptions"]
     assert plan["serving"]["gpus"] == 32
-    assert "32 GPUs: the smallest power of two that holds weights and cache" in plan["assumptions"]
+    assert "served by 32 GPUs: the smallest power of two that holds weights and cache" in plan["assumptions"]
 
 
 def test_a_context_beyond_the_model_is_said():

@@ -73,7 +73,7 @@ def theirs(folder):
 
 
 def with_template(tokenizer, source):
-    return Tokenizer(tokenizer._definition, tokenizer.config, {"default": source})
+    return Tokenizer(tokenizer.definition, tokenizer.config, {"default": source})
 
 
 @pytest.mark.parametrize("prompt", [False, True])
@@ -163,7 +163,7 @@ def test_templates_come_from_the_config_as_one_or_as_a_list_and_the_file_wins(fo
 
 def test_a_tokenizer_without_a_template_says_so(tokenizer):
     with pytest.raises(TextError, match="has no chat template"):
-        Tokenizer(tokenizer._definition, tokenizer.config).render_chat([])
+        Tokenizer(tokenizer.definition, tokenizer.config).render_chat([])
 
 
 @pytest.mark.parametrize("messages", ["text", [1], [{"role": "user", "content": object()}], [{"content": b"x"}]])

@@ -140,8 +140,13 @@ def test_a_missing_file_says_what_was_found(tmp_path):
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "it is not a tokenizer.json"),
+        ("[]", "holds a list, not a JSON object"),
+        ("{}", "has no 'model'; it is not a tokenizer.json"),
         ('{"model": {}, "decoder": {"type": "WordPiece"}}', "decoder WordPiece is not supported; allowed: ByteLevel"),
+        (
+            '{"model": {}, "decoder": {"type": "ByteLevel"}, "added_tokens": [{"id": 3}]}',
+            "every one of added_tokens needs an id and its content",
+        ),
         (
             '{"model": {"type": "Nonsense"}, "decoder": {"type": "ByteLevel"}}',
             "not a tokenizer that `tokenizers` reads",
