@@ -261,7 +261,7 @@ def test_a_run_may_start_from_another_models_weights_with_longer_context(finishe
     config = small_run(
         model=small_model(rope_parameters=rope, max_position_embeddings=128),
         start_from=str(finished.model),
-        data=small_run().data.replace(sequence_length=100),
+        data=small_run().data.replace(sequence_length=100, tokenizer=str(finished.model)),
         steps=1,
     )
     summary = run(config, tmp_path / "longer")
