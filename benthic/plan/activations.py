@@ -45,11 +45,15 @@ DROPPED_ROLES: dict[str, tuple[str, ...]] = {
 }
 
 
+Block = Literal["attention", "feed_forward", "shared", "expert outputs", "expert inputs", "prediction"]
+"""The part of a layer whose backward frees a tensor; experts free their outputs before their inputs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """One kept tensor: bytes a token. `block` is the sublayer whose backward frees it."""
+    """One kept tensor: bytes a token."""
 
-    block: Literal["attention", "feed_forward", "prediction", "head"]
+    block: Block
     name: str
     bytes: float
     role: Role = "other"
@@ -62,13 +66,13 @@ def element_bytes(precision: TrainingPrecision) -> int:
 
 def layer_activations(
     config: ModelConfig, layer: int, precision: TrainingPrecision, recomputation: Recomputation, rows: float = 1.0
-) -> list[Saved]:
+) -> tuple[Saved, ...]:
     """What a layer keeps of one token. `rows` scales the routed rows where devices are not evenly loaded.
 
     Recomputation "up_projections" drops norm outputs, what is expanded from latents, and SwiGLU's products
     (DeepSeek-V3 report, 3.2.3); "attention" the attention block; "layer" all but the layer's input.
     """
-    return list(_layer_activations(config, config.is_expert_layer(layer), precision, recomputation, rows))
+    return _layer_activations(config, config.is_expert_layer(layer), precision, recomputation, rows)
 
 
 @lru_cache(maxsize=64)
@@ -107,7 +111,7 @@ def _attention(config: ModelConfig, precision: TrainingPrecision) -> Iterator[Sa
     yield Saved("attention", "attention logsumexp", heads * 4, "attention")
 
 
-def _other_side(config: ModelConfig, block: str, name: str, width: int, size: float, matrix_input: float) -> Saved:
+def _other_side(config: ModelConfig, block: Block, name: str, width: int, size: float, matrix_input: float) -> Saved:
     """A sublayer's norm keeps its input, and the matrices behind it their own: one is the state, this the other.
 
     Before the sublayer that is the norm's output, which recomputation may drop; after it, the sublayer's result.
@@ -161,21 +165,22 @@ def _feed_forward(config: ModelConfig, experts: bool, precision: TrainingPrecisi
         yield _other_side(config, "feed_forward", "feed-forward norm", width, size, matrix_input)
     yield Saved("feed_forward", "feed-forward norm: 1 / rms", 4, "norm")
     if not experts:
-        yield from _gated("dense", config.intermediate_size, matrix_input)
+        yield from _gated("feed_forward", "dense", config.intermediate_size, matrix_input)
         return
     yield from _router(config, precision)
     chosen = config.num_experts_per_tok * rows
-    yield Saved("feed_forward", "routed: input rows", chosen * width * matrix_input)
-    yield from _gated("routed", chosen * config.moe_intermediate_size, matrix_input)
+    yield Saved("expert inputs", "routed: input rows", chosen * width * matrix_input)
+    yield from _gated("expert inputs", "routed", chosen * config.moe_intermediate_size, matrix_input)
     if precision != "fp8":
-        yield Saved("feed_forward", "routed: output rows in float32", chosen * width * 4)
+        yield Saved("expert outputs", "routed: output rows in float32", chosen * width * 4)
     if config.n_shared_experts:
-        yield from _gated("shared", config.n_shared_experts * config.moe_intermediate_size, matrix_input)
+        yield from _gated("shared", "shared", config.n_shared_experts * config.moe_intermediate_size, matrix_input)
 
 
-def _gated(name: str, inner: float, size: float) -> Iterator[Saved]:
-    yield Saved("feed_forward", f"{name}: gate and up", 2 * inner * size)
-    yield Saved("feed_forward", f"{name}: silu(gate) and product", 2 * inner * size, "gated")
+def _gated(block: Block, name: str, inner: float, size: float) -> Iterator[Saved]:
+    products: Block = "expert outputs" if block == "expert inputs" else block
+    yield Saved(block, f"{name}: gate and up", 2 * inner * size)
+    yield Saved(products, f"{name}: silu(gate) and product", 2 * inner * size, "gated")
 
 
 def _router(config: ModelConfig, precision: TrainingPrecision) -> Iterator[Saved]:

@@ -5,7 +5,7 @@ Also what the trainer asks before a run: does it fit this GPU, and if not, what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -55,23 +55,26 @@ def search(
         raise ConfigError(f"objective is {objective!r}; allowed: {', '.join(OBJECTIVES)}")
     if gpus is not None and gpus < 1:
         raise ConfigError(f"gpus is {gpus}; it must be at least 1")
-    best: Choice | None = None
+    found: list[Choice] = []
+
+    def worth(step: StepTime) -> bool:
+        return not found or _better(step, found[-1].step, objective)
+
     worlds = _worlds(gpus)
     # More GPUs never make a step longer, so the shortest is looked for from the top.
     for world in reversed(worlds) if objective == "least_time" else worlds:
-        for choice in fitting(config, training, device, sequences, world, recomputations):
-            if best is None or _better(choice, best, objective):
-                best = choice
-        if best is not None and (objective != "least_cost" or best.layout.world * 4 <= world):
+        for choice in fitting(config, training, device, sequences, world, recomputations, worth):
+            found.append(choice)
+        if found and (objective != "least_cost" or found[-1].layout.world * 4 <= world):
             break
-    if best is None:
+    if not found:
         limit = gpus or MOST_GPUS
         raise CapacityError(
             f"no layout of up to {limit} {device.title} fits sequences of {training.sequence_length} positions, "
             f"{training.micro_batch} at a time, in batches of {sequences}",
             _more_gpus(config, training, device, sequences, gpus, recomputations),
         )
-    return best
+    return found[-1]
 
 
 def fitting(
@@ -81,8 +84,12 @@ def fitting(
     sequences: int,
     world: int,
     recomputations: Sequence[Recomputation] = RECOMPUTATIONS,
+    worth: Callable[[StepTime], bool] = lambda step: True,
 ) -> Iterator[Choice]:
-    """Every layout of exactly `world` GPUs that divides model and batch and fits, with its least recomputation."""
+    """Every layout of exactly `world` GPUs that divides model and batch and fits, with its least recomputation.
+
+    Steps that are not `worth` it are passed over before their memory is played, which takes most of the time.
+    """
     pieces: dict[tuple, list[list[Piece]]] = {}
     for layout in layouts(config, device, world):
         count = _micro_batches(config, layout, training, sequences)
@@ -94,6 +101,8 @@ def fitting(
             if key not in pieces:
                 pieces[key] = all_pieces(config, tried, device, layout, Overheads())
             step = assemble(config, tried, device, layout, sequences, count, pieces[key], Overheads())
+            if not worth(step):
+                break
             memory = training_memory(config, tried, layout, step.stages)
             if memory.total <= device.memory_bytes:
                 yield Choice(layout, tried, memory, step)
@@ -218,10 +227,10 @@ def _more_gpus(
     return "use a larger device, a smaller model, or a batch that divides over more layouts"
 
 
-def _better(one: Choice, other: Choice, objective: Objective) -> bool:
+def _better(step: StepTime, best: StepTime, objective: Objective) -> bool:
     if objective == "least_cost":
-        return one.step.total * one.layout.world < other.step.total * other.layout.world
-    return one.step.total < other.step.total
+        return step.total * step.gpus < best.total * best.gpus
+    return step.total < best.total
 
 
 def _worlds(gpus: int | None) -> list[int]:

@@ -9,18 +9,28 @@ allocations of real steps and finds the same highest moment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
-from benthic.plan.activations import Saved, element_bytes, layer_activations, prediction_activations
+from benthic.plan.activations import Block, Saved, element_bytes, layer_activations, prediction_activations
 from benthic.plan.holdings import Holding, Rank
-from benthic.plan.ledger import Ledger
+from benthic.plan.ledger import Group, Ledger
 from benthic.plan.pipeline import chunks_in_flight
 from benthic.plan.training import Training
 
 LOGITS_AT_A_TIME = 1 << 27
 """Logits the loss holds in a block on a GPU (ops/linear_cross_entropy.py)."""
+
+
+_Groups = dict[Block, Group]
+
+
+def _grouped(tensors: Iterable[Saved]) -> _Groups:
+    found: dict[Block, list[Saved]] = {}
+    for one in tensors:
+        found.setdefault(one.block, []).append(one)
+    return {block: Group(group) for block, group in found.items()}
 
 
 class Playback:
@@ -36,25 +46,31 @@ class Playback:
         self.rows = 1 + training.expert_imbalance
         self.in_flight = chunks_in_flight(layout, rank, training.micro_batches) / layout.stages_per_rank
         self.have_gradient: set[str] = set()
-        self.kept = {layer: self._kept(layer) for layer in held.layers}
-        self.full = {
-            layer: layer_activations(config, layer, training.precision, "none", self.rows) for layer in held.layers
-        }
+        kinds: dict[tuple[bool, bool], tuple[_Groups, _Groups]] = {}
+        self.kept: dict[int, _Groups] = {}
+        self.again: dict[int, _Groups] = {}
+        for layer in held.layers:
+            kind = (config.is_expert_layer(layer), layer >= config.num_hidden_layers)
+            if kind not in kinds:
+                kinds[kind] = self._groups(layer)
+            self.kept[layer], self.again[layer] = kinds[kind]
 
-    def _kept(self, layer: int) -> list[Saved]:
+    def _groups(self, layer: int) -> tuple[_Groups, _Groups]:
+        """What a layer keeps, and what it computes again in backward, by the block that frees it."""
         precision, recomputation = self.training.precision, self.training.recomputation
-        own = layer_activations(self.config, layer, precision, recomputation, self.rows)
-        if layer < self.config.num_hidden_layers:
-            return own
-        return [*prediction_activations(self.config, precision, recomputation), *own]
+        kept = layer_activations(self.config, layer, precision, recomputation, self.rows)
+        full = layer_activations(self.config, layer, precision, "none", self.rows)
+        again = [one for one in full if one not in kept]
+        if layer >= self.config.num_hidden_layers:
+            kept = (*prediction_activations(self.config, precision, recomputation), *kept)
+        return _grouped(kept), _grouped(again)
 
     def play(self) -> None:
         """All moments of a step; the second micro-batch finds gradients of the first."""
         if self.layout.pipeline > 1:
             # The fullest moment finds other micro-batches in flight, and gradients of those before.
             for layer in self.held.layers:
-                for one in self.kept[layer]:
-                    self._keep(one, self.in_flight - 1)
+                self._keep(self.kept[layer], self.in_flight - 1)
             for name, block in self.held.blocks.items():
                 self._hold_gradient(name, block)
         for _ in range(min(2, self.training.micro_batches)):
@@ -62,13 +78,17 @@ class Playback:
             self._backward()
         self.ledger.moment("optimiser step")
 
-    def _keep(self, one: Saved, times: float = 1.0) -> None:
-        self.ledger.hold("activations", one.name, times * one.bytes * self.tokens)
+    def _keep(self, groups: _Groups, times: float = 1.0) -> None:
+        for group in groups.values():
+            self.ledger.hold("activations", group, times * group.bytes * self.tokens)
 
-    def _drop(self, tensors: Sequence[Saved], *prefixes: str) -> None:
-        for one in tensors:
-            if one.name.startswith(prefixes):
-                self._keep(one, -1)
+    def _drop(self, layer: int, *blocks: Block) -> None:
+        for groups in (self.kept[layer], self.again[layer]):
+            self._keep({block: groups[block] for block in blocks if block in groups}, -1)
+
+    def _bytes(self, layer: int, block: Block) -> float:
+        """Bytes a token of what is kept and computed again."""
+        return sum(groups[block].bytes for groups in (self.kept[layer], self.again[layer]) if block in groups)
 
     def _hold_gradient(self, name: str, block: Holding) -> None:
         elements = block.sharded(self.layout) if self.layout.zero >= 2 else block.elements
@@ -89,10 +109,9 @@ class Playback:
         if self.held.first:
             self.ledger.hold("activations", "token numbers", 8 * self.tokens)
         for layer in self.held.layers:
-            for one in self.kept[layer]:
-                self._keep(one)
-            again = sum(one.bytes for one in self.full[layer]) - sum(one.bytes for one in self.kept[layer])
-            workspace = (self._forward_bytes(layer) + max(0.0, again)) * self.tokens
+            self._keep(self.kept[layer])
+            again = sum(group.bytes for group in self.again[layer].values())
+            workspace = (self._forward_bytes(layer) + again) * self.tokens
             self.ledger.moment(f"forward of layer {layer}", forward=workspace)
         if self.held.last:
             self.ledger.hold("activations", "final norm: input and 1 / rms", (self.width * self.size + 4) * self.tokens)
@@ -105,7 +124,7 @@ class Playback:
             return 2 * self.width * self.size
         output = 2 * self.size if self.training.precision == "fp8" else self.size + 4
         wide = self.config.num_experts_per_tok * self.rows * self.width * output
-        return max(0.0, wide - sum(one.bytes for one in self.full[layer] if one.name.startswith("shared")))
+        return max(0.0, wide - self._bytes(layer, "shared"))
 
     def _loss(self, what: str) -> None:
         size, all_tokens = self.size, self.tokens * self.layout.tensor
@@ -146,11 +165,7 @@ class Playback:
         self.ledger.hold("activations", "final norm: input and 1 / rms", -kept)
 
     def _layer_backward(self, layer: int) -> None:
-        full, kept = self.full[layer], self.kept[layer]
-        present = {one.name for one in kept}
-        for one in full:
-            if one.name not in present:
-                self._keep(one)
+        self._keep(self.again[layer])
         what = f"backward of layer {layer}"
         states = 2 * self.width * self.size * self.tokens
         if self.config.is_expert_layer(layer):
@@ -159,26 +174,24 @@ class Playback:
             # Gradients of gate, up and product; the product itself is no longer needed.
             inner = 2 * self.config.intermediate_size * self.size * self.tokens
             self.ledger.moment(what, states=states, feed_forward=inner)
-        rest = [one for one in full if one.block == "feed_forward" and not one.name.startswith(("routed", "shared"))]
-        self._drop(rest, "")
+        self._drop(layer, "feed_forward")
         self._weight_gradient(f"feed_forward {layer}", f"{what}, feed-forward", states=states)
         heads, key, value = self.config.num_attention_heads, self.config.query_head_dim, self.config.value_head_dim
         # Gradients of query, key, value and output, and the query's sum in float32.
         core = heads * (key * (2 * self.size + 4) + 2 * value * self.size) * self.tokens
         self.ledger.moment(f"{what}, attention", states=states, attention=core)
-        self._drop([one for one in full if one.block == "attention"], "")
-        self._drop(kept, "prediction")
+        self._drop(layer, "attention", "prediction")
         self._weight_gradient(f"attention {layer}", f"{what}, attention", states=states)
 
     def _experts_backward(self, layer: int, what: str, states: float) -> None:
-        full, size = self.full[layer], self.size
+        size = self.size
         chosen, inner = self.config.num_experts_per_tok * self.rows * self.tokens, self.config.moe_intermediate_size
-        self._drop(full, "shared")
+        self._drop(layer, "shared")
         # The rows' gradient, and the product that the routing weights' gradient is summed from, both in float32.
         element = size if self.training.precision == "fp8" else 4
         summed = 4 * self.width * self.tokens
         self.ledger.moment(f"{what}, weighted sum", states=states + summed, rows=2 * element * chosen * self.width)
-        self._drop(full, "routed: output", "routed: silu")
+        self._drop(layer, "expert outputs")
         # gate_up_proj's two products: its inputs are still there, and so is down_proj's gradient; then it joins.
         block = self.held.blocks[f"experts {layer}"]
         narrow = 0 if self.training.precision == "fp32" else size
@@ -186,5 +199,5 @@ class Playback:
         gradients = narrow * block.largest + 4 * fresh * (block.elements - block.largest)
         rows, hidden = chosen * self.width * size, 2 * chosen * inner * size
         self.ledger.moment(f"{what}, experts", states=states, rows=rows + hidden, weight_gradient=gradients)
-        self._drop(full, "routed: input", "routed: gate")
+        self._drop(layer, "expert inputs")
         self._weight_gradient(f"experts {layer}", f"{what}, experts", states=states, rows=rows)

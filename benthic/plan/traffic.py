@@ -1,7 +1,8 @@
 """Bytes one token moves through memory outside of matrix products and attention, operation by operation.
 
 The trainer's plain path: each operation is a kernel that reads its inputs and writes its outputs (arrays of T rows;
-what is small beside them is left out). Written as reads + writes, in elements of the computing dtype `b` or float32 `4`.
+what is small beside them is left out). Written as reads + writes, in elements of the computing dtype, `b` bytes, or
+of float32, 4 bytes.
 """
 
 from __future__ import annotations

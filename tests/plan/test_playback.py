@@ -41,7 +41,7 @@ def test_everything_kept_is_freed_and_every_parameter_has_its_gradient(config, l
     Playback(config, training, ParallelConfig(), held, 0, ledger).play()
     for (part, name), size in ledger.alive.items():
         expected = 4 * held.total.elements if part == "gradients" else 0.0
-        assert size == pytest.approx(expected, abs=1e-3), name
+        assert size == pytest.approx(expected, abs=1e-3), (part, name)
 
 
 LONG = {"max_position_embeddings": 4096}
