@@ -28,7 +28,7 @@ def demo() -> TrainConfig:
         # Names decide the split: 2% holds out about 100 kB of modules, while a little more would take in
         # pydoc_data/topics.py, whose 0.75 MB of reference prose would be most of the held-out text.
         data=DataConfig(source="stdlib", vocab_size=4096, sequence_length=128, validation_fraction=0.02),
-        steps=300,
+        steps=380,
         optimizer=OptimizerConfig(
             learning_rate=Schedule(
                 peak=5e-3,
@@ -47,7 +47,7 @@ def demo() -> TrainConfig:
             weight=Schedule(peak=0.3, phases=(Phase(until=0.68), Phase(until=1.0, factor=1 / 3)))
         ),
         evaluation=EvaluationConfig(every=50, max_tokens=8_192, micro_sequences=16),
-        sampling=SamplingConfig(every=100, prompts=("def __init__(self",), max_tokens=48),
+        sampling=SamplingConfig(every=100, prompts=("def __init__(self",), max_tokens=48, temperature=0.5),
         checkpoint=CheckpointConfig(every=100),
         logging=LoggingConfig(every=10, routing_every=25),
     )
