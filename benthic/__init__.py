@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benthic.checkpoint import load_model as load_model
-    from benthic.checkpoint import save_model as save_model
     from benthic.config import ModelConfig as ModelConfig
+    from benthic.inference.pretrained import load_model as load_model
+    from benthic.inference.pretrained import save_model as save_model
 
 __version__ = "0.1.0"
 __all__ = ["ModelConfig", "load_model", "save_model"]
@@ -16,8 +16,8 @@ __all__ = ["ModelConfig", "load_model", "save_model"]
 # Resolved on first use, so that importing benthic never imports torch.
 _HOME = {
     "ModelConfig": "benthic.config",
-    "load_model": "benthic.checkpoint",
-    "save_model": "benthic.checkpoint",
+    "load_model": "benthic.inference.pretrained",
+    "save_model": "benthic.inference.pretrained",
 }
 
 

@@ -27,7 +27,7 @@ _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Names of tensors that are absent, unknown, of the wrong shape or of the wrong dtype. Falsy when there are none."""
+    """Names of tensors that are absent, unknown, of the wrong shape or dtype. Falsy when there are none."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -124,6 +124,6 @@ def without_absent_predictions(config: ModelConfig, entries: Mapping[str, Entry]
         return config
     logger.warning(
         f"{folder}: config.json says num_nextn_predict_layers {count}, but the weights hold no prediction layer "
-        "(transformers leaves them out when it saves); loading the main model alone"
+        "(transformers leaves them out when it saves); it is taken as the main model alone"
     )
     return config.replace(num_nextn_predict_layers=0)

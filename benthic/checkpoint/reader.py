@@ -35,12 +35,12 @@ from benthic.errors import CheckpointError
 from benthic.log import logger
 from benthic.numerics.reference.quantisation import dequantise_blocks
 
-MAPPED_BYTES = 128 * 2**20
+MAPPED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder whose tensors were found to be those of `config`. Prediction layers that it lacks are out of `config`."""
+    """A folder whose tensors are those of `config`, from which prediction layers that it lacks were taken out."""
 
     folder: Path
     config: ModelConfig
@@ -63,13 +63,14 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 class TensorReader:
-    """Reads tensors of a checkpoint through renewable memory maps. A tensor that `stored` returns keeps its map alive."""
+    """Reads tensors of a checkpoint through memory maps that it renews; a tensor keeps its map alive."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._block = block_size(checkpoint.config)
-        # A weight and its scale may lie in different shards, so two files stay open.
-        self._open: dict[str, tuple[Any, int]] = {}
+        # A weight and its scale may lie in different shards, so several files can be open.
+        self._open: dict[str, Any] = {}
+        self._mapped_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -81,18 +82,16 @@ class TensorReader:
         """The tensor as it is on disk."""
         entry = self._checkpoint.entries[name]
         path = self._checkpoint.folder / entry.file
-        opened, mapped = self._open.pop(entry.file, (None, 0))
+        self._mapped_bytes += entry.num_bytes
+        if self._mapped_bytes > MAPPED_BYTES:
+            self._open.clear()
+            self._mapped_bytes = entry.num_bytes
         try:
-            if opened is None or mapped + entry.num_bytes > MAPPED_BYTES:
-                del opened
-                opened, mapped = safe_open(path, framework="pt"), 0
-            tensor = opened.get_tensor(name)
+            if entry.file not in self._open:
+                self._open[entry.file] = safe_open(path, framework="pt")
+            return self._open[entry.file].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"cannot read {name} from {path}: {error}") from None
-        self._open[entry.file] = (opened, mapped + entry.num_bytes)
-        while len(self._open) > 2:
-            del self._open[next(iter(self._open))]
-        return tensor
 
     def weight(self, name: str) -> Tensor:
         """The tensor as numbers: FP8 weights times their scales, float32; others in the dtype they are stored in."""
@@ -103,7 +102,7 @@ class TensorReader:
 
 
 def read_weights(checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """Every weight as numbers, in the order of the bytes on disk, duplicates last. Keep no tensor longer than a step."""
+    """Every weight as numbers, in the order of the bytes on disk, duplicates last. Drop each before the next."""
     rows = {row.name: row for row in present_rows(checkpoint.config, checkpoint.entries)}
     in_file_order = [rows[name] for name in checkpoint.entries if name in rows]
     with TensorReader(checkpoint) as reader:

@@ -33,15 +33,16 @@ class ShardWriter:
         # Wide elements first, so that every tensor is aligned to its element, as safetensors itself writes.
         ordered = sorted(entries, key=lambda entry: -ITEM_BYTES[entry.dtype])
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for this
+        self._offsets: dict[str, int] = {}
         offset = 0
         for entry in ordered:
             end = offset + entry.num_bytes
             header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (offset, end)}
+            self._offsets[entry.name] = offset
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._header = header
         self._pending = {entry.name: entry for entry in entries}
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
@@ -63,6 +64,5 @@ class ShardWriter:
         entry = self._pending.pop(name)
         assert tuple(tensor.shape) == entry.shape, f"{name} is {list(tensor.shape)}, announced as {list(entry.shape)}"
         assert tensor.dtype == TORCH_DTYPES[entry.dtype], f"{name} is {tensor.dtype}, announced as {entry.dtype}"
-        first, _ = self._header[name]["data_offsets"]
-        self._file.seek(self._start + first)
-        self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self._file.seek(self._start + self._offsets[name])
+        self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

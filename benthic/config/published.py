@@ -142,6 +142,8 @@ def _fields(data: dict[str, Any], family: str) -> dict[str, Any]:
     if not fields.get("q_lora_rank", True):
         del fields["q_lora_rank"]
     fields["rope_parameters"] = _rope(data, fields["max_position_embeddings"])
+    if isinstance(fields.get("quantization_config"), dict):
+        fields["quantization_config"] = _quantization(fields["quantization_config"])
     fields["rope_interleave"] = bool(data.get("rope_interleave", True)) if latent else False
     fields["dtype"] = data.get("dtype") or data.get("torch_dtype") or "bfloat16"
     fields["num_nextn_predict_layers"] = data.get("num_nextn_predict_layers") or data.get("num_mtp_layers") or 0
@@ -165,6 +167,16 @@ def _refuse_other_values(data: dict[str, Any]) -> None:
             raise ConfigError(f"{key} is {data[key]!r}; benthic holds models with {key} {values[0]!r} only")
     if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
         raise ConfigError(f"layer_types is {data['layer_types']!r}; benthic holds full_attention layers only")
+
+
+def _quantization(data: dict[str, Any]) -> dict[str, Any]:
+    """Without what transformers 5 adds: each tensor's own dtype says whether it is quantised, and "float" is fp32."""
+    added = {"modules_to_not_convert", "modules_to_convert", "ignored_layers", "dequantize"}
+    if data.get("expert_dtype", "fp8") == "fp8":
+        added.add("expert_dtype")
+    if data.get("scale_fmt") == "float":
+        added.add("scale_fmt")
+    return {key: value for key, value in data.items() if key not in added}
 
 
 def _rope(data: dict[str, Any], max_positions: int) -> dict[str, Any]:

@@ -6,18 +6,29 @@ from pathlib import Path
 
 import torch
 
-from benthic.checkpoint import WeightFormat, load_into, open_checkpoint, write_checkpoint
+from benthic.checkpoint.reader import load_into, open_checkpoint
+from benthic.checkpoint.writer import MAX_SHARD_BYTES, WeightFormat, write_checkpoint
+from benthic.config.manifest import parameters
+from benthic.config.model import ModelConfig
+from benthic.errors import CapacityError, ConfigError
 from benthic.model import LanguageModel
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
+def load_model(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel:
     """The model of a published folder, in eval mode; `dtype` defaults to the one that its config.json states.
 
     Takes one file or shards, fp32, bf16, fp16 or FP8 (dequantised), with or without prediction layers. Routing biases
-    stay float32. Raises ConfigError or CheckpointError, before any memory is taken, naming every fault of the folder.
+    stay float32. Raises, before any memory is taken, ConfigError or CheckpointError naming every fault of the folder,
+    and CapacityError when the device is absent or too small.
     """
     checkpoint = open_checkpoint(folder)
     dtype = dtype or getattr(torch, checkpoint.config.dtype)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ConfigError(f"dtype is {dtype}; a model computes in torch.float32, torch.bfloat16 or torch.float16")
+    device = _device(device)
+    _refuse_small_device(checkpoint.config, device, dtype)
     model = LanguageModel(checkpoint.config, device=device, dtype=dtype)
     load_into(model, checkpoint)
     return model.eval()
@@ -28,7 +39,7 @@ def save_model(
     folder: str | Path,
     weights: WeightFormat = "bf16",
     *,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     power_of_two_scales: bool = False,
 ) -> None:
     """Write `model` as a published folder that other engines load, prediction layers included; all or nothing.
@@ -43,3 +54,33 @@ def save_model(
         max_shard_bytes=max_shard_bytes,
         power_of_two_scales=power_of_two_scales,
     )
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}: {error}", hint="use 'cpu', 'cuda' or 'cuda:1'") from None
+
+
+def _refuse_small_device(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    available = _available_bytes(device)
+    needed = sum(row.size for row in parameters(config)) * dtype.itemsize
+    if available is not None and needed > available:
+        raise CapacityError(
+            f"the model needs {needed / 2**30:.1f} GiB in {dtype}; {device} has {available / 2**30:.1f} GiB available",
+            hint="load it in torch.bfloat16 where that is smaller, or choose a smaller model",
+        )
+
+
+def _available_bytes(device: torch.device) -> int | None:
+    """Free memory of a device; None where the system does not tell."""
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise CapacityError("device is 'cuda', but torch finds no CUDA GPU", hint="use device='cpu'")
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -36,13 +36,14 @@ class ChatTemplate:
         """The text of `messages`.
 
         `tokens` are the spellings a template may name (bos_token, eos_token ...), `variables` what a caller adds
-        (tools, add_generation_prompt, thinking ...), `control` the spellings to mark where messages or variables hold them.
+        (tools, add_generation_prompt, thinking ...), `control` the spellings to mark where a caller wrote them.
         RequestError: the messages are not what the template takes. TextError: the template itself fails.
         """
         if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
             raise RequestError("messages must be a list of objects such as {'role': 'user', 'content': 'Hi'}")
         defaults = {"tools": None, "documents": None, "add_generation_prompt": False}
-        given = {name: _plain(value, name, control) for name, value in {**variables, "messages": messages}.items()}
+        given = {**variables, "messages": [_without_nulls(message) for message in messages]}
+        given = {name: _plain(value, name, control) for name, value in given.items()}
         context = defaults | dict(tokens or {}) | given
         return run_template(self._template, context, self.origin)
 
@@ -59,6 +60,11 @@ def load_templates(file: str | None, config: Mapping[str, Any], origin: str) -> 
             f"chat_template in {origin} must be a string or a list of objects with name and template"
         ) from None
     return found if file is None else found | {"default": file}
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Clients send null for what is absent, and templates ask whether it is there; of content V3's ask `is none`."""
+    return {name: value for name, value in message.items() if value is not None or name == "content"}
 
 
 def _plain(value: Any, where: str, control: re.Pattern[str] | None) -> Any:

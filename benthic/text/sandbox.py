@@ -1,6 +1,6 @@
 """The sandbox a chat template runs in: jinja's immutable one, with a budget.
 
-The globals are those transformers gives a template. Every call and every turn of a loop is a step, and a rendering has
+The globals are those transformers gives a template. A turn of a loop is a step, a call CALL_STEPS, and a rendering has
 MAX_STEPS of them and MAX_CHARACTERS of output, so that a template cannot keep a server busy for ever. What one step may
 allocate is bounded for `*` and `**` only; a server that runs strangers' templates wants a memory limit of its own.
 """
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -21,6 +21,7 @@ import jinja2.sandbox
 from benthic.errors import BenthicError, RequestError, TextError
 
 MAX_STEPS = 1_000_000
+CALL_STEPS = 20
 MAX_CHARACTERS = 64_000_000
 
 
@@ -63,9 +64,9 @@ def _reason(error: BaseException) -> str:
 _STEPS_LEFT: ContextVar[list[int]] = ContextVar("steps left to the template being rendered")
 
 
-def _step() -> None:
+def _spend(steps: int) -> None:
     left = _STEPS_LEFT.get()
-    left[0] -= 1
+    left[0] -= steps
     if left[0] < 0:
         raise TextError(f"chat template ran more than {MAX_STEPS} steps", hint="it may loop without end; do not use it")
 
@@ -78,7 +79,7 @@ class _Counted:
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._items:
-            _step()
+            _spend(1)
             yield item
 
     def __len__(self) -> int:
@@ -102,7 +103,7 @@ def _bounded(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's text for trainers; when rendering it is transparent."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (an instance variable in the base class)
 
     def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -115,7 +116,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**"])
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        _step()
+        _spend(CALL_STEPS)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -167,7 +168,7 @@ def _environment() -> _Sandbox:
         trim_blocks=True, lstrip_blocks=True, extensions=[_CountSteps, _Generation, jinja2.ext.loopcontrols]
     )
     made.filters["tojson"] = _tojson
-    made.globals = {
+    names: dict[str, Any] = {
         "cycler": jinja2.utils.Cycler,
         "joiner": jinja2.utils.Joiner,
         "range": jinja2.sandbox.safe_range,
@@ -176,6 +177,7 @@ def _environment() -> _Sandbox:
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
     }
+    made.globals = names
     return made
 
 

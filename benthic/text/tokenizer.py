@@ -21,6 +21,7 @@ import tokenizers
 from benthic.errors import TextError, did_you_mean
 from benthic.files import write_atomic
 from benthic.text.chat_template import MARK, ChatTemplate, load_templates
+from benthic.text.definition import backend, bytes_of, is_control, parse, read_json, read_text, spelling, text_only
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -43,10 +44,11 @@ class Tokenizer:
         self.origin = origin
         self.config = dict(config or {})
         self.templates = dict(templates or {})
-        self._definition = definition
-        self._json = _parse(definition, origin)
-        self._control = {str(row["content"]): int(row["id"]) for row in self._json["added_tokens"] if _is_control(row)}
-        self._plain = _backend(_without_control(self._json), origin)
+        self.definition = definition
+        self._compiled: dict[str, ChatTemplate] = {}
+        self._json = parse(definition, origin)
+        self._control = {str(row["content"]): int(row["id"]) for row in self._json["added_tokens"] if is_control(row)}
+        self._plain = backend(text_only(self._json), origin)
         self._plain.encode_special_tokens = True
         self.bos_id = self._named_id("bos_token")
         self.eos_id = self._named_id("eos_token")
@@ -67,10 +69,10 @@ class Tokenizer:
                 hint="point to a folder with a tokenizer.json; other formats can be converted with transformers",
             )
         config_path = folder / CONFIG_FILE
-        config = _read_json(config_path) if config_path.exists() else {}
+        config = read_json(config_path) if config_path.exists() else {}
         template_path = folder / TEMPLATE_FILE
-        template = _read(template_path) if template_path.exists() else None
-        return cls(_read(path), config, load_templates(template, config, str(config_path)), str(path))
+        template = read_text(template_path) if template_path.exists() else None
+        return cls(read_text(path), config, load_templates(template, config, str(config_path)), str(path))
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, each whole or not at all."""
@@ -80,7 +82,7 @@ class Tokenizer:
             config["chat_template"] = [{"name": name, "template": text} for name, text in self.templates.items()]
         elif self.templates:
             write_atomic(folder / TEMPLATE_FILE, next(iter(self.templates.values())), TextError)
-        write_atomic(folder / TOKENIZER_FILE, self._definition, TextError)
+        write_atomic(folder / TOKENIZER_FILE, self.definition, TextError)
         write_atomic(folder / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2) + "\n", TextError)
 
     @cached_property
@@ -92,7 +94,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of what decides the ids of a text: the vocabulary file and the special ids."""
         ids = json.dumps([self.bos_id, self.eos_id, self.pad_id])
-        return hashlib.sha256(f"{self._definition}\n{ids}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.definition}\n{ids}".encode()).hexdigest()
 
     @cached_property
     def add_bos_token(self) -> bool:
@@ -115,8 +117,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool = False, parse_control: bool = False) -> list[int]:
         """Ids of `text`; spellings of control tokens are plain text unless `parse_control`."""
-        backend = self._markup if parse_control else self._plain
-        return self._bos(add_bos) + self._run(backend, [text])[0]
+        reader = self._markup if parse_control else self._plain
+        return self._bos(add_bos) + self._run(reader, [text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, in parallel on the machine's cores."""
@@ -128,14 +130,15 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """The bytes that `ids` stand for."""
-        kept = (one for one in ids if not (skip_special and one in self.special_ids))
-        return b"".join(map(self.token_bytes, kept))
+        table, size, skipped = self._bytes, len(self._bytes), self.special_ids if skip_special else frozenset()
+        kept = [one for one in ids if one not in skipped]
+        if min(kept, default=0) < 0:
+            raise TextError(f"token id {min(kept)} is negative")
+        return b"".join([table[one] for one in kept if one < size])
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; empty for an id past the vocabulary."""
-        if token_id < 0:
-            raise TextError(f"token id {token_id} is negative")
-        return self._bytes[token_id] if token_id < len(self._bytes) else b""
+        return self.decode_bytes([token_id])
 
     def chat_template(self, name: str = "default") -> ChatTemplate:
         """The named chat template, compiled; TextError when this tokenizer has none of that name."""
@@ -172,9 +175,9 @@ class Tokenizer:
             raise TextError(f"{self.origin} names no bos_token", hint=f"name it in {CONFIG_FILE} or leave add_bos out")
         return [self.bos_id]
 
-    def _run(self, backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    def _run(self, reader: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         try:
-            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encoded = reader.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise TextError(f"text that cannot be encoded as UTF-8: {error}") from None
         return [one.ids for one in encoded]
@@ -182,7 +185,7 @@ class Tokenizer:
     @cached_property
     def _markup(self) -> tokenizers.Tokenizer:
         """The backend that turns spellings of control tokens into their ids."""
-        return _backend(self._json, self.origin)
+        return backend(self._json, self.origin)
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
@@ -190,101 +193,26 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @cached_property
-    def _compiled(self) -> dict[str, ChatTemplate]:
-        return {}
-
-    @cached_property
     def _token_names(self) -> dict[str, str]:
         names = [name for name in self.config if name.endswith("_token") and not name.startswith("add_")]
-        return {name: text for name in names if (text := _spelling(self.config[name])) is not None}
+        return {name: text for name in names if (text := spelling(self.config[name])) is not None}
 
     @cached_property
     def _bytes(self) -> list[bytes]:
         added = {row["id"]: str(row["content"]).encode() for row in self._json["added_tokens"]}
         table = [b""] * self.vocab_size
         for token, index in self._plain.get_vocab(with_added_tokens=True).items():
-            table[index] = added[index] if index in added else _bytes_of(token)
+            table[index] = added[index] if index in added else bytes_of(token)
         return table
 
     def _named_id(self, name: str) -> int | None:
-        spelling = _spelling(self.config.get(name))
-        if spelling is None:
+        token = spelling(self.config.get(name))
+        if token is None:
             return None
-        found = self._plain.token_to_id(spelling)
+        found = self._plain.token_to_id(token)
         if found is None:
             raise TextError(
-                f"{name} {spelling!r} is not in the vocabulary of {self.origin}",
-                hint=did_you_mean(spelling, self._control),
+                f"{name} {token!r} is not in the vocabulary of {self.origin}",
+                hint=did_you_mean(token, self._control),
             )
         return found
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte, inverted: printable bytes stand for themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-
-
-def _bytes_of(token: str) -> bytes:
-    try:
-        return bytes(_BYTE_OF[character] for character in token)
-    except KeyError:  # outside the alphabet: a token that stands for its own spelling
-        return token.encode()
-
-
-def _is_control(row: Mapping[str, Any]) -> bool:
-    """DeepSeek flags its user and tool markers `special: false`; only runs of white space are ordinary text."""
-    return bool(row.get("special")) or not str(row["content"]).isspace()
-
-
-def _without_control(definition: Mapping[str, Any]) -> dict[str, Any]:
-    rows = [{**row, "special": True} if _is_control(row) else row for row in definition["added_tokens"]]
-    return {**definition, "added_tokens": rows}
-
-
-def _spelling(value: Any) -> str | None:
-    """A special token in tokenizer_config.json is a string or an object with `content`."""
-    return value.get("content") if isinstance(value, Mapping) else value
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"cannot read {path}: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise TextError(f"{path} is not JSON: {error}", hint="download or copy the file again") from None
-    if not isinstance(content, dict):
-        raise TextError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
-def _parse(definition: str, origin: str) -> dict[str, Any]:
-    try:
-        content = json.loads(definition)
-    except json.JSONDecodeError as error:
-        raise TextError(f"{origin} is not JSON: {error}", hint="download or copy the file again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise TextError(f"{origin} has no 'model'; it is not a tokenizer.json")
-    decoder = content.get("decoder") or {}
-    kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
-    if "ByteLevel" not in kinds:
-        raise TextError(f"{origin}: decoder {'+'.join(map(str, kinds))} is not supported; allowed: ByteLevel")
-    # A file may carry truncation or padding from its last use; ids would be lost without a word.
-    return {**content, "added_tokens": content.get("added_tokens") or [], "truncation": None, "padding": None}
-
-
-def _backend(definition: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(definition))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise TextError(f"{origin} is not a tokenizer that `tokenizers` reads: {error}") from None

@@ -138,3 +138,23 @@ def test_a_model_is_written_as_a_published_architecture_only_when_it_computes_th
     config = ModelConfig.from_pretrained("deepseek-v3").replace(**changes)
     assert published_model_type(config) == expected
     assert config_from_published(config_to_published(config)) == config
+
+
+def test_fp8_configs_of_transformers_are_read_as_the_released_ones():
+    released = published("deepseek-v3")
+    theirs = released["quantization_config"] | {
+        "scale_fmt": "float",
+        "dequantize": False,
+        "modules_to_not_convert": ["lm_head"],
+        "modules_to_convert": None,
+        "expert_dtype": "fp8",
+    }
+    read = config_from_published(released | {"quantization_config": theirs})
+    assert read == config_from_published(released)
+
+
+def test_fp4_experts_are_refused():
+    released = published("deepseek-v3")
+    theirs = released["quantization_config"] | {"expert_dtype": "fp4"}
+    with pytest.raises(ConfigError, match="expert_dtype"):
+        config_from_published(released | {"quantization_config": theirs})

@@ -6,7 +6,8 @@ fp32 `scale_inv`, the factor that gives the weight back:
     scale_inv = amax(block) / 448        value = weight / scale_inv        weight ~ value * scale_inv
 
 The error of an element is at most max(|weight| * 2^-4, scale_inv * 2^-10): half a step of three mantissa bits, or half
-a step of the subnormals. Rounding scales up to powers of two (ue8m0, V3.1 and later) keeps that bound.
+a step of the subnormals. Rounding scales up to powers of two (ue8m0, V3.1 and later) keeps that bound. Work goes by
+rows of blocks, so that it needs little memory beside its result.
 """
 
 from __future__ import annotations
@@ -31,14 +32,22 @@ def quantise_blocks(
     A block of zeros gets scale 1. `power_of_two` rounds scales up to powers of two. Raises NumericsError with the
     first position that is not finite, because one such element would spoil its whole block.
     """
-    weight = weight.float()
     _refuse_non_finite(weight)
-    scale_inv = (_block_maxima(weight, block) / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    bands = [_quantise_band(band.float(), block[1], power_of_two) for band in weight.split(block[0])]
+    return torch.cat([values for values, _ in bands]), torch.stack([scales for _, scales in bands])
+
+
+def _quantise_band(band: Tensor, width: int, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """One row of blocks, `band` [at most block height, C], to its values and scales [ceil(C / width)]."""
+    columns = band.shape[1]
+    blocks = pad(band.abs(), (0, -columns % width)).view(len(band), -1, width)
+    maxima = blocks.amax(dim=(0, 2))
+    # Divided by a tensor: CUDA divides by a plain number through its reciprocal, and the last bit would differ there.
+    scales = (maxima / maxima.new_tensor(E4M3_MAX)).clamp(min=SMALLEST_SCALE)
     if power_of_two:
-        scale_inv = _next_power_of_two(scale_inv)
-    scale_inv = torch.where(_block_maxima(weight, block) > 0, scale_inv, 1.0)
-    values = weight / _spread(scale_inv, weight.shape, block)
-    return values.to(torch.float8_e4m3fn), scale_inv
+        scales = _next_power_of_two(scales)
+    scales = torch.where(maxima == 0, 1.0, scales)
+    return (band / scales.repeat_interleave(width)[:columns]).to(torch.float8_e4m3fn), scales
 
 
 def dequantise_blocks(
@@ -51,20 +60,11 @@ def dequantise_blocks(
             f"scale_inv is {list(scale_inv.shape)}; values {list(values.shape)} in blocks of {list(block)} "
             f"need {list(wanted)}"
         )
-    return (values.float() * _spread(scale_inv.float(), values.shape, block)).to(dtype)
-
-
-def _block_maxima(weight: Tensor, block: tuple[int, int]) -> Tensor:
-    rows, columns = weight.shape
+    result = torch.empty(values.shape, dtype=dtype, device=values.device)
     height, width = block
-    padded = pad(weight.abs(), (0, -columns % width, 0, -rows % height))
-    blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
-    return blocks.amax(dim=(1, 3))
-
-
-def _spread(scale_inv: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
-    spread = scale_inv.repeat_interleave(block[0], dim=0)[: shape[0]]
-    return spread.repeat_interleave(block[1], dim=1)[:, : shape[1]]
+    for band, target, scales in zip(values.split(height), result.split(height), scale_inv.float(), strict=True):
+        target.copy_(band.float() * scales.repeat_interleave(width)[: values.shape[1]])
+    return result
 
 
 def _next_power_of_two(scale: Tensor) -> Tensor:
@@ -74,10 +74,10 @@ def _next_power_of_two(scale: Tensor) -> Tensor:
 
 def _refuse_non_finite(weight: Tensor) -> None:
     finite = torch.isfinite(weight)
-    if not finite.all():
-        row, column = (~finite).nonzero()[0].tolist()
-        count = int((~finite).sum())
-        raise NumericsError(
-            f"{count} of {weight.numel()} elements are not finite, the first {weight[row, column].item()} at "
-            f"[{row}, {column}]; fp8 quantisation needs finite weights"
-        )
+    if finite.all():
+        return
+    row, column = (~finite).nonzero()[0].tolist()
+    raise NumericsError(
+        f"{int((~finite).sum())} of {weight.numel()} elements are not finite, the first "
+        f"{weight[row, column].item()} at [{row}, {column}]; fp8 quantisation needs finite weights"
+    )

@@ -1,0 +1,333 @@
+"""Predicted against measured: memory and time of real training steps on one GPU.
+
+    python benchmarks/plan_vs_measured.py [--settings NAME ...] [--steps 5] [--output FILE]
+
+Each setting trains a real LanguageModel with the real optimiser on random tokens. Memory is compared with
+torch.cuda.max_memory_allocated. Time is predicted twice: from the device file, and from rates of single kernels
+measured in this run at the setting's shapes (matrix product, grouped product, attention, copy) — never from the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST = "tests/plan/test_activations.py"
+sys.path.insert(0, str(ROOT))
+
+from benthic import ops  # noqa: E402
+from benthic.config.model import ModelConfig  # noqa: E402
+from benthic.config.train import BalanceConfig, OptimizerConfig  # noqa: E402
+from benthic.data.loader import Batch  # noqa: E402
+from benthic.model import LanguageModel  # noqa: E402
+from benthic.plan.devices import DEVICES, Device, Rate  # noqa: E402
+from benthic.plan.memory import TrainingMemory, training_memory  # noqa: E402
+from benthic.plan.training import Training  # noqa: E402
+from benthic.plan.training_time import StepTime, step_time  # noqa: E402
+from benthic.train.loss import Scale, losses  # noqa: E402
+from benthic.train.optimizer import Optimizer  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model and what it is trained with."""
+
+    model: ModelConfig
+    training: Training
+
+
+def settings() -> dict[str, Setting]:
+    """Sizes, batches and recomputation that put the highest moment at different places."""
+    lite = ModelConfig.from_pretrained("deepseek-v2-lite")
+    wide = ModelConfig.from_pretrained("deepseek-v3").replace(
+        num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=16, n_group=1, topk_group=1, vocab_size=32768
+    )
+    dense = ModelConfig.from_pretrained("olmo2-7b")
+    return {
+        "v2-lite, 4 layers, 4 x 4096": Setting(lite.replace(num_hidden_layers=4), Training(4096, 4)),
+        "v2-lite, 8 layers, 4 x 4096": Setting(lite.replace(num_hidden_layers=8), Training(4096, 4)),
+        "v2-lite, 8 layers, 8 x 4096, layers recomputed": Setting(
+            lite.replace(num_hidden_layers=8), Training(4096, 8, recomputation="layer")
+        ),
+        "v2-lite, 6 layers, 1 x 2048, 4 micro-batches": Setting(
+            lite.replace(num_hidden_layers=6), Training(2048, 1, micro_batches=4)
+        ),
+        "v3 widths, 2 layers + MTP, 2 x 4096": Setting(wide, Training(4096, 2)),
+        "v3 widths, 2 layers + MTP, 4 x 4096, layers recomputed": Setting(
+            wide, Training(4096, 4, recomputation="layer")
+        ),
+        "olmo2-7b, 8 layers, 4 x 4096": Setting(dense.replace(num_hidden_layers=8), Training(4096, 4)),
+    }
+
+
+def build(setting: Setting) -> tuple[LanguageModel, Optimizer]:
+    """Model and optimiser on the GPU, filled there: drawing billions of numbers on a processor takes minutes."""
+    model = LanguageModel(setting.model, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(std=0.02)
+    if setting.training.recomputation == "layer":
+        for layer in model.model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return model, Optimizer(model, OptimizerConfig())
+
+
+def step(model: LanguageModel, optimizer: Optimizer, batch: Batch, training: Training) -> None:
+    """One update, as train/step.py takes it."""
+    optimizer.zero_gradients()
+    scale = Scale(batch.tokens[:, 1:].numel(), len(batch.tokens))
+    for start in range(0, len(batch.tokens), training.micro_batch):
+        rows = slice(start, start + training.micro_batch)
+        micro = Batch(batch.tokens[rows], batch.documents[rows])
+        losses(model, micro, scale, False, 0.3, BalanceConfig()).total.backward()
+    optimizer.step(1e-4, optimizer.gradient_norm())
+
+
+def measure(setting: Setting, steps: int) -> dict:
+    """Highest allocated bytes and seconds a step, after two steps of warm-up."""
+    training = setting.training
+    model, optimizer = build(setting)
+    stream = torch.Generator(device="cuda").manual_seed(0)
+    shape = (training.micro_batch * training.micro_batches, training.sequence_length + 1)
+    tokens = torch.randint(setting.model.vocab_size, shape, generator=stream, device="cuda")
+    batch = Batch(tokens, torch.zeros_like(tokens))
+    for _ in range(2):
+        step(model, optimizer, batch, training)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step(model, optimizer, batch, training)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {
+        "allocated_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "step_seconds": {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)},
+    }
+
+
+def seconds_of(work: Callable[[], object], repeats: int = 10) -> float:
+    """Median seconds of GPU work."""
+    for _ in range(3):
+        work()
+    found = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        found.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(found)
+
+
+def with_measured_rates(device: Device, setting: Setting) -> Device:
+    """`device` with rates of single kernels, measured now at this setting's shapes."""
+    config, training = setting.model, setting.training
+    tokens, width = training.micro_batch * training.sequence_length, config.hidden_size
+    rates = dict(device.measured) | _matmul_rates(tokens, width, config) | _attention_rates(training, config)
+    if config.n_routed_experts:
+        rates |= _grouped_rates(tokens, config)
+    large = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
+    copied = torch.empty_like(large)
+    bandwidth = 2 * large.nbytes / seconds_of(lambda: copied.copy_(large))
+    return replace(device, measured=rates, memory_bandwidth=Rate(bandwidth, "copy of 2 GiB, this run"))
+
+
+def _matmul_rates(tokens: int, width: int, config: ModelConfig) -> dict:
+    x = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda")
+    inner = config.num_attention_heads * config.value_head_dim
+    weight = torch.randn(inner, width, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn(tokens, inner, dtype=torch.bfloat16, device="cuda")
+    flops = 2 * tokens * width * inner
+    found = {
+        ("matmul", "bf16"): flops / seconds_of(lambda: x @ weight.t()),
+        ("weight_gradient", "bf16"): flops / seconds_of(lambda: grad.t() @ x),
+    }
+    if config.n_routed_experts:
+        router = torch.randn(config.n_routed_experts, width, device="cuda")
+        floats = x.float()
+        flops = 2 * tokens * width * config.n_routed_experts
+        found["matmul", "fp32"] = flops / seconds_of(lambda: floats @ router.t())
+        scores = floats @ router.t()
+        found["weight_gradient", "fp32"] = flops / seconds_of(lambda: scores.t() @ floats)
+    return {key: Rate(value, "this run, the setting's shapes") for key, value in found.items()}
+
+
+def _attention_rates(training: Training, config: ModelConfig) -> dict:
+    shape = (training.micro_batch, training.sequence_length)
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    options = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
+    query = torch.randn(*shape, heads, config.query_head_dim, **options)
+    key = torch.randn(*shape, key_heads, config.query_head_dim, **options)
+    value = torch.randn(*shape, key_heads, config.value_head_dim, **options)
+    out = ops.attention(query, key, value, config.softmax_scale)
+    grad = torch.randn_like(out)
+    with torch.no_grad():
+        forward = seconds_of(lambda: ops.attention(query, key, value, config.softmax_scale))
+    backward = seconds_of(lambda: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True))
+    widths = config.query_head_dim + config.value_head_dim
+    flops = shape[0] * shape[1] ** 2 * heads * widths
+    return {
+        ("attention", "bf16"): Rate(flops / forward, "this run, the setting's shapes"),
+        ("attention_backward", "bf16"): Rate(2.6 * flops / backward, "this run, the setting's shapes"),
+    }
+
+
+def _grouped_rates(tokens: int, config: ModelConfig) -> dict:
+    experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    rows = tokens * config.num_experts_per_tok
+    offsets = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts)
+    offsets[-1] = rows
+    options = {"dtype": torch.bfloat16, "device": "cuda"}
+    x, hidden = torch.randn(rows, width, **options), torch.randn(rows, inner, **options)
+    gate_up, down = torch.randn(experts, 2 * inner, width, **options), torch.randn(experts, width, inner, **options)
+    wide = torch.randn(rows, 2 * inner, **options)
+    flops = 2 * rows * width * 3 * inner
+    forward = seconds_of(lambda: F.grouped_mm(x, gate_up.transpose(1, 2), offs=offsets))
+    forward += seconds_of(lambda: F.grouped_mm(hidden, down.transpose(1, 2), offs=offsets))
+    weight = seconds_of(lambda: F.grouped_mm(wide.t(), x, offs=offsets))
+    weight += seconds_of(lambda: F.grouped_mm(x.t(), hidden, offs=offsets))
+    return {
+        ("grouped", "bf16"): Rate(flops / forward, "this run, the setting's shapes"),
+        ("grouped_weight_gradient", "bf16"): Rate(flops / weight, "this run, the setting's shapes"),
+    }
+
+
+def this_device() -> Device:
+    """The device file's entry for this GPU."""
+    name = torch.cuda.get_device_name().lower()
+    found = [device for key, device in DEVICES.items() if key in name]
+    if not found:
+        sys.exit(f"no device in benthic.plan.devices for {name!r}; there are {', '.join(DEVICES)}")
+    return found[0]
+
+
+def refuse_if_red() -> str:
+    """Numbers of a planner whose own test fails are not worth printing."""
+    if importlib.util.find_spec("pytest") is None:
+        return "not run: pytest is not installed here"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TEST]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{TEST} is red, so nothing is printed:\n{done.stdout[-2000:]}{done.stderr[-500:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def commit() -> str:
+    """The tree's commit, or that it is unknown where no repository came along."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def compare(name: str, setting: Setting, device: Device, steps: int) -> dict:
+    """One row: predictions, measurement, ratios; or why it was left out."""
+    memory = training_memory(setting.model, setting.training)
+    row = {"setting": name, "predicted_bytes": round(memory.allocated), "moment": memory.moment}
+    if memory.total > torch.cuda.get_device_properties(0).total_memory:
+        return row | {"left_out": f"predicted {memory.total / 2**30:.1f} GiB, more than this GPU has"}
+    rated = with_measured_rates(device, setting)
+    clear()
+    filed_step = step_time(setting.model, setting.training, device)
+    rated_step = step_time(setting.model, setting.training, rated)
+    try:
+        measured = measure(setting, steps)
+    except torch.OutOfMemoryError as error:
+        return row | {"left_out": f"out of memory: {error}"}
+    finally:
+        clear()
+    return row | _ratios(memory, filed_step, rated_step, rated, measured)
+
+
+def _ratios(memory: TrainingMemory, filed: StepTime, rated: StepTime, device: Device, measured: dict) -> dict:
+    seconds = measured["step_seconds"]["median"]
+    return {
+        "measured": measured,
+        "memory_ratio": memory.allocated / measured["allocated_bytes"],
+        "memory_by_part": {part: round(size) for part, size in memory.by_part.items()},
+        "predicted_seconds_from_device_file": filed.total,
+        "predicted_seconds_from_rates_measured_here": rated.total,
+        "time_ratio_from_device_file": filed.total / seconds,
+        "time_ratio_from_rates_measured_here": rated.total / seconds,
+        "seconds_by_part": {f"{term.part}: {term.name}": term.value for term in rated.lines},
+        "rates_tera": {" ".join(key): rate.value / 1e12 for key, rate in device.measured.items()},
+        "bandwidth_tera": device.memory_bandwidth.value / 1e12,
+        "tokens_per_second": rated.tokens / seconds,
+        "model_tflops": rated.flops / seconds / 1e12,
+    }
+
+
+def clear() -> None:
+    """Give back what the last setting held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def show(row: dict) -> str:
+    """One line of the table."""
+    if "left_out" in row:
+        return f"{row['setting']:58} left out: {row['left_out'][:90]}"
+    measured = row["measured"]
+    return (
+        f"{row['setting']:58} {row['predicted_bytes'] / 2**30:7.2f} {measured['allocated_bytes'] / 2**30:7.2f} GiB "
+        f"{row['memory_ratio']:6.3f}   {row['predicted_seconds_from_device_file']:7.4f} "
+        f"{row['predicted_seconds_from_rates_measured_here']:7.4f} {measured['step_seconds']['median']:7.4f} s "
+        f"{row['time_ratio_from_device_file']:6.3f} {row['time_ratio_from_rates_measured_here']:6.3f}   "
+        f"at {row['moment']}"
+    )
+
+
+def main() -> None:
+    known = settings()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="*", choices=list(known), default=list(known), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA GPU")
+    device = this_device()
+    result = {
+        "benchmark": "plan_vs_measured",
+        "test": refuse_if_red(),
+        "hardware": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "commit": commit(),
+        "steps": arguments.steps,
+        "rows": [],
+    }
+    print(f"{'':58} memory: predicted, measured, ratio   time: device file, rates measured here, measured, two ratios")
+    for name in arguments.settings:
+        row = compare(name, known[name], device, arguments.steps)
+        result["rows"].append(row)
+        print(show(row), flush=True)
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"plan_vs_measured_{device.name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()

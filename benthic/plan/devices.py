@@ -1,0 +1,175 @@
+"""Devices as data: peak rates, rates somebody measured, memory, links and an hourly price, each with its source.
+
+Rates are dense (no sparsity) FLOP/s, one multiply-add being 2. Bandwidths are bytes/s; links count one direction of
+one GPU. `Device.rate` prefers what was measured on the device; where nobody measured, it takes the measured share of
+peak of the device named in `like` and says so, so that every time the planner prints can be traced to a number here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from benthic.errors import ConfigError, did_you_mean
+
+Precision = Literal["fp8", "bf16", "fp32"]
+Work = Literal[
+    "matmul", "weight_gradient", "grouped", "grouped_weight_gradient", "attention", "attention_backward", "decode"
+]
+"""Kinds of arithmetic whose rates differ: matrix products (forward and input gradient), their weight gradients,
+the same over experts, causal attention over a sequence, its backward, and attention of new tokens over a cache."""
+
+GIB = 2**30
+TERA = 1e12
+GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A rate (FLOP/s or bytes/s) and where it comes from."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator (or CPU) and its place in a node.
+
+    `memory_bytes` is what torch reports as total memory, rounded down. `measured` maps (work, precision) to a rate
+    reached with real shapes. `node_bandwidth` is the link inside a node (NVLink), `network_bandwidth` the one between
+    nodes, both as achieved by all-to-all where known. `dollars_per_hour` is an assumption to be overridden.
+    """
+
+    name: str
+    title: str
+    memory_bytes: int
+    memory_bandwidth: Rate
+    peak: dict[Precision, float]
+    node_bandwidth: Rate
+    network_bandwidth: Rate
+    devices_per_node: int
+    dollars_per_hour: Rate
+    multiprocessors: int
+    measured: dict[tuple[Work, Precision], Rate] = field(default_factory=dict)
+    like: str | None = None
+
+    def rate(self, work: Work, precision: Precision) -> Rate:
+        """FLOP/s to expect. Raises ConfigError for a precision the device does not have."""
+        if precision not in self.peak:
+            raise ConfigError(
+                f"device {self.name!r} has no {precision} arithmetic", hint="allowed: " + ", ".join(self.peak)
+            )
+        if found := self.measured.get((work, precision)):
+            return found
+        model = DEVICES[self.like] if self.like else self
+        if found := model.measured.get((work, precision)):
+            share = found.value / model.peak[precision]
+            return Rate(share * self.peak[precision], f"{share:.0%} of peak, as on {model.title} ({found.source})")
+        return Rate(0.5 * self.peak[precision], "assumed 50% of peak: nobody measured it")
+
+
+_HOPPER_PEAK: dict[Precision, float] = {"fp8": 1978.9 * TERA, "bf16": 989.4 * TERA, "fp32": 66.9 * TERA}
+_H200_MEASURED: dict[tuple[Work, Precision], Rate] = {
+    ("matmul", "bf16"): Rate(783 * TERA, "torch 2.11 matmul 8192^3, H200"),
+    ("matmul", "fp8"): Rate(877 * TERA, "torch F.scaled_mm 1x128 by 128x128, 4096x7168x2048, H200"),
+    ("weight_gradient", "bf16"): Rate(783 * TERA, "torch 2.11 matmul 8192^3, H200"),
+    ("weight_gradient", "fp8"): Rate(891 * TERA, "DeepGEMM 2.5.0 k-grouped, 4 groups, fp32 output, H200"),
+    ("grouped", "bf16"): Rate(620 * TERA, "torch F.grouped_mm, 32 experts 4096x7168 and 7168x2048, mean, H200"),
+    ("grouped", "fp8"): Rate(1300 * TERA, "DeepGEMM 2.5.0 grouped, H200"),
+    ("grouped_weight_gradient", "bf16"): Rate(580 * TERA, "torch F.grouped_mm backward, 32 experts, mean, H200"),
+    ("grouped_weight_gradient", "fp8"): Rate(620 * TERA, "DeepGEMM 2.5.0 k-grouped, 16 experts, fp32 output, H200"),
+    ("attention", "bf16"): Rate(605 * TERA, "cuDNN through SDPA, causal 192/128, 4096 positions, 128 heads, H200"),
+    ("attention_backward", "bf16"): Rate(360 * TERA, "cuDNN through SDPA, causal 192/128, H200"),
+    ("decode", "bf16"): Rate(576 * TERA, "FA3 in MLA mode, 128 sequences, 128 heads, 4096 positions, H200"),
+}
+# Rates in DeepSeek's own profile (profile-data, train.json): 112 of 132 multiprocessors compute, 20 communicate.
+_H800_MEASURED: dict[tuple[Work, Precision], Rate] = {
+    ("matmul", "fp8"): Rate(899 * TERA, "DeepSeek's published trace, 112 multiprocessors"),
+    ("weight_gradient", "fp8"): Rate(584 * TERA, "DeepSeek's published trace, 112 multiprocessors"),
+    ("grouped", "fp8"): Rate(1007 * TERA, "DeepSeek's published trace, 112 multiprocessors"),
+    ("grouped_weight_gradient", "fp8"): Rate(584 * TERA, "DeepSeek's published trace, 112 multiprocessors"),
+    ("attention", "bf16"): Rate(555 * TERA, "DeepSeek's published trace, 112 multiprocessors"),
+    ("attention_backward", "bf16"): Rate(455 * TERA, "DeepSeek's published trace, 112 multiprocessors"),
+    ("decode", "bf16"): Rate(660 * TERA, "FlashMLA README, compute-bound"),
+}
+_ASSUMED_PRICE = "assumption: rental by the hour"
+
+_H200 = Device(
+    name="h200",
+    title="NVIDIA H200 SXM 141 GB",
+    memory_bytes=139 * GIB,
+    memory_bandwidth=Rate(4.22 * TERA, "measured copy, read and write counted (datasheet 4.8 TB/s)"),
+    peak=_HOPPER_PEAK,
+    node_bandwidth=Rate(360 * GIGA, "80% of the datasheet's 450 GB/s a direction"),
+    network_bandwidth=Rate(40 * GIGA, "80% of one 400 Gb/s port a GPU"),
+    devices_per_node=8,
+    dollars_per_hour=Rate(3.0, _ASSUMED_PRICE),
+    multiprocessors=132,
+    measured=_H200_MEASURED,
+)
+_H100 = replace(
+    _H200,
+    name="h100",
+    title="NVIDIA H100 SXM 80 GB",
+    memory_bytes=79 * GIB,
+    memory_bandwidth=Rate(2.95 * TERA, "88% of the datasheet's 3.35 TB/s, the share measured on H200"),
+    dollars_per_hour=Rate(2.0, _ASSUMED_PRICE),
+    measured={},
+    like="h200",
+)
+_H800 = replace(
+    _H100,
+    name="h800",
+    title="NVIDIA H800 SXM 80 GB",
+    memory_bandwidth=Rate(3.0 * TERA, "FlashMLA README, memory-bound (datasheet 3.35 TB/s)"),
+    node_bandwidth=Rate(160 * GIGA, "DeepSeek-V3 report, section 3.2.2 (datasheet 200 GB/s a direction)"),
+    network_bandwidth=Rate(50 * GIGA, "DeepSeek-V3 report, section 3.2.2"),
+    dollars_per_hour=Rate(2.0, "DeepSeek-V3 report, table 1"),
+    measured=_H800_MEASURED,
+)
+_A100 = replace(
+    _H100,
+    name="a100",
+    title="NVIDIA A100 SXM 80 GB",
+    memory_bandwidth=Rate(1.79 * TERA, "88% of the datasheet's 2.04 TB/s, the share measured on H200"),
+    peak={"bf16": 312 * TERA, "fp32": 19.5 * TERA},
+    node_bandwidth=Rate(240 * GIGA, "80% of the datasheet's 300 GB/s a direction"),
+    network_bandwidth=Rate(20 * GIGA, "80% of one 200 Gb/s port a GPU"),
+    dollars_per_hour=Rate(1.2, _ASSUMED_PRICE),
+    multiprocessors=108,
+)
+_B200 = replace(
+    _H100,
+    name="b200",
+    title="NVIDIA B200 SXM 180 GB",
+    memory_bytes=178 * GIB,
+    memory_bandwidth=Rate(7.04 * TERA, "88% of the datasheet's 8 TB/s, the share measured on H200"),
+    peak={"fp8": 4500 * TERA, "bf16": 2250 * TERA, "fp32": 75 * TERA},
+    node_bandwidth=Rate(720 * GIGA, "80% of the datasheet's 900 GB/s a direction"),
+    dollars_per_hour=Rate(4.5, _ASSUMED_PRICE),
+    multiprocessors=148,
+)
+_CPU = Device(
+    name="cpu",
+    title="two cores of a server CPU",
+    memory_bytes=16 * GIB,
+    memory_bandwidth=Rate(20 * GIGA, "assumed: two cores cannot draw more"),
+    peak={"bf16": 0.2 * TERA, "fp32": 0.2 * TERA},
+    node_bandwidth=Rate(10 * GIGA, "assumed: a copy within main memory"),
+    network_bandwidth=Rate(1.25 * GIGA, "assumed: 10 Gb/s Ethernet"),
+    devices_per_node=1,
+    dollars_per_hour=Rate(0.1, _ASSUMED_PRICE),
+    multiprocessors=2,
+)
+
+DEVICES: dict[str, Device] = {one.name: one for one in (_H800, _H100, _H200, _B200, _A100, _CPU)}
+
+
+def find_device(name: str) -> Device:
+    """The device called `name`, any letter case. Raises ConfigError naming the allowed ones."""
+    if name.lower() not in DEVICES:
+        raise ConfigError(
+            f"unknown device {name!r}; allowed: {', '.join(sorted(DEVICES))}", hint=did_you_mean(name.lower(), DEVICES)
+        )
+    return DEVICES[name.lower()]

@@ -1,0 +1,118 @@
+"""Memory of training on the fullest GPU: a step played through a ledger that remembers its highest moment.
+
+What stays: weights, float32 master weights, moments, and from the first backward on float32 gradients. What comes and
+goes: activations (activations.py), and the workspace of single operations (playback.py). Which moment is the highest
+depends on sizes: the loss at the end of the forward, an expert layer's backward, the embedding's gradient at the very
+end, or the optimiser's step. So the moments are played in order instead of adding up worst cases.
+
+Checked against torch.cuda.max_memory_allocated by benchmarks/plan_vs_measured.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benthic.config.model import ModelConfig
+from benthic.config.parallel import ParallelConfig
+from benthic.plan.breakdown import Breakdown, Term
+from benthic.plan.holdings import Rank, pipeline_rank, stages_of_rank
+from benthic.plan.ledger import Ledger
+from benthic.plan.pipeline import cut
+from benthic.plan.playback import Playback
+from benthic.plan.training import Training
+
+FRAGMENTATION = 0.03
+"""Share of the peak that the caching allocator is allowed to lose between its blocks."""
+CONTEXT_BYTES = 0.7 * 2**30
+"""CUDA context, libraries and their workspaces, which torch does not count as allocated."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory(Breakdown):
+    """Bytes on the fullest GPU at its highest `moment`; `rank` is its place in the pipeline."""
+
+    moment: str = ""
+    rank: int = 0
+
+    @property
+    def allocated(self) -> float:
+        """What torch.cuda.max_memory_allocated would say: all but the allowances."""
+        return sum(line.value for line in self.lines if line.part != "allowance")
+
+
+def training_memory(
+    config: ModelConfig, training: Training, layout: ParallelConfig | None = None, stages: Sequence[range] | None = None
+) -> TrainingMemory:
+    """Memory of the fullest rank. `stages` are the layers of each stage (prediction layers last); by default layers
+    are dealt out evenly. Raises ConfigError where the layout does not divide the model."""
+    layout = layout or ParallelConfig()
+    layout.check_model(config)
+    blocks = config.num_hidden_layers + config.num_nextn_predict_layers
+    stages = stages or cut([1.0] * blocks, layout.stages)
+    found = [_memory_of_rank(config, training, layout, stages, rank) for rank in _different(config, layout, stages)]
+    return max(found, key=lambda memory: memory.total)
+
+
+def _different(config: ModelConfig, layout: ParallelConfig, stages: Sequence[range]) -> list[int]:
+    """The first rank of each kind: of ranks that hold alike layers, none keeps more micro-batches than the first."""
+    kinds: dict[tuple, int] = {}
+    end = config.num_hidden_layers + config.num_nextn_predict_layers - 1
+    for rank in range(layout.pipeline):
+        layers = [layer for stage in stages_of_rank(layout, rank) for layer in stages[stage]]
+        special = {0, end} & set(layers) | {layer for layer in layers if layer >= config.num_hidden_layers}
+        kinds.setdefault((*map(config.is_expert_layer, layers), *sorted(special)), rank)
+    return list(kinds.values())
+
+
+def _memory_of_rank(
+    config: ModelConfig, training: Training, layout: ParallelConfig, stages: Sequence[range], rank: int
+) -> TrainingMemory:
+    held = pipeline_rank(config, layout, stages, rank)
+    ledger = Ledger()
+    _hold_states(ledger, held, training, layout)
+    playback = Playback(config, training, layout, held, rank, ledger)
+    playback.play()
+    terms = ledger.terms(playback.tokens)
+    allocated = sum(term.value for term in terms)
+    allowances = (
+        Term("allowance", "fragmentation", f"{FRAGMENTATION:.0%} of {allocated:.4g} B", FRAGMENTATION * allocated),
+        Term("allowance", "CUDA context", "assumed", CONTEXT_BYTES),
+    )
+    return TrainingMemory("bytes", (*terms, *allowances), _assumptions(training, layout), ledger.highest, rank)
+
+
+def _hold_states(ledger: Ledger, held: Rank, training: Training, layout: ParallelConfig) -> None:
+    """Weights, master weights, moments; and the layers FSDP has gathered or is about to reduce."""
+    total = held.total
+    sharded = total.sharded(layout)
+    resident = sharded if layout.zero >= 3 else total.elements
+    narrow = 4.0 if training.precision == "fp32" else 2.0
+    # The computing copy of a quantised matrix takes one byte.
+    quantised = total.fp8 / total.elements if training.precision == "fp8" else 0.0
+    each = narrow - quantised
+    ledger.hold("weights", "weights", resident * each, f"{resident:,.0f} elements x {each:.3g} B")
+    ledger.hold("weights", "routing biases", total.buffers * 4, f"{total.buffers:,.0f} x 4 B")
+    state = sharded if layout.zero >= 1 else total.elements
+    if training.precision != "fp32":
+        ledger.hold("master weights", "master weights", state * 4, f"{state:,.0f} elements x 4 B")
+    moment = 2 if training.bf16_moments else 4
+    ledger.hold("moments", "moments", state * 2 * moment, f"{state:,.0f} elements x 2 x {moment} B")
+    if training.averaged_weights:
+        ledger.hold("moments", "averaged weights", state * 4, f"{state:,.0f} elements x 4 B")
+    layer = held.largest_layer
+    if layout.zero >= 3 and layout.dense_shards > 1:
+        ledger.hold("weights", "gathered layers", 2 * layer * each, f"2 layers of {layer:,.0f} elements x {each:.3g} B")
+    if layout.zero >= 2 and layout.dense_shards > 1:
+        ledger.hold("gradients", "layer being reduced", layer * 4, f"{layer:,.0f} elements x 4 B")
+
+
+def _assumptions(training: Training, layout: ParallelConfig) -> tuple[str, ...]:
+    found = [f"the allocator loses {FRAGMENTATION:.0%}; CUDA itself takes {CONTEXT_BYTES / 2**30:.1f} GiB"]
+    if training.precision == "fp8":
+        found.append("FP8 activations as DeepSeek-V3 keeps them (report, 3.3.3); benthic trains in bf16")
+    if layout.tensor > 1:
+        found.append("tensor parallelism divides every activation (sequence parallel norms)")
+    if layout.pipeline > 1:
+        found.append(f"{layout.schedule} keeps the published number of micro-batches in flight")
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""Training on one device: losses, optimiser, balancing, run folder, resume."""

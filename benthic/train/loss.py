@@ -1,0 +1,106 @@
+"""The loss of one update, in micro-batches whose gradients add up to that of the whole batch.
+
+    L = 1/T sum CE(i, t_{i+1})  +  lambda/D sum_k 1/T sum CE_k(i, t_{i+k+1})  +  alpha sum_layers L_balance
+
+(arXiv:2412.19437, equations 17 to 25.) T is the number of valid next-token labels of the *whole update*, for the
+predictions too, although depth k has k fewer terms a sequence. The label of prediction k at position i is token
+i+k+1: the token after the last one that depth k was given, never one it has seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benthic.config.train import BalanceConfig
+from benthic.data import Batch
+from benthic.model.language_model import LanguageModel, States
+from benthic.ops import linear_cross_entropy
+from benthic.train.balance import auxiliary_loss, count_loads
+
+IGNORED = -100
+"""A label that no loss is taken at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What a micro-batch divides by so that all of an update's add up: whole-update counts."""
+
+    valid_tokens: int
+    sequences: int
+
+
+@dataclass(slots=True)
+class Losses:
+    """One micro-batch's part of the update: `total` to call backward on, the rest detached for the record.
+
+    `main`, `prediction` (mean over depths, before lambda) and `balance` (after alpha) are float32 scalars;
+    `loads` int64 [E] by layer.
+    """
+
+    total: Tensor
+    main: Tensor
+    prediction: Tensor
+    balance: Tensor
+    loads: dict[int, Tensor]
+
+
+def labels(batch: Batch, depth: int, masked: bool) -> Tensor:
+    """Labels of depth `depth` (0: the next token), int64 [B, S - depth], from tokens [B, S + 1].
+
+    With `masked`, a label in another document than the position it is predicted from is ignored.
+    """
+    shift = depth + 1
+    targets = batch.tokens[:, shift:]
+    if not masked:
+        return targets
+    crosses = batch.documents[:, shift:] != batch.documents[:, :-shift]
+    return targets.masked_fill(crosses, IGNORED)
+
+
+def forward(model: LanguageModel, batch: Batch, masked: bool, num_predictions: int) -> States:
+    """Hidden states and routing of a micro-batch's inputs; `masked` keeps attention inside documents."""
+    documents = batch.documents[:, :-1] if masked else None
+    return model.states(batch.tokens[:, :-1], documents=documents, num_predictions=num_predictions)
+
+
+def losses(
+    model: LanguageModel, batch: Batch, scale: Scale, masked: bool, weight: float, balance: BalanceConfig
+) -> Losses:
+    """The part of the update's loss that `batch` holds. `weight` is lambda, the weight of the prediction loss."""
+    depths = model.config.num_nextn_predict_layers
+    states = forward(model, batch, masked, depths)
+    main = _cross_entropy(model, states.hidden, labels(batch, 0, masked)) / scale.valid_tokens
+    zero = main.new_zeros(())
+    prediction = sum(
+        (
+            _cross_entropy(model, hidden, labels(batch, depth, masked)) / (scale.valid_tokens * depths)
+            for depth, hidden in enumerate(states.predictions, start=1)
+        ),
+        start=zero,
+    )
+    balanced = _balance(states, batch, scale, balance, zero)
+    return Losses(
+        total=main + weight * prediction + balanced,
+        main=main.detach(),
+        prediction=prediction.detach(),
+        balance=balanced.detach(),
+        loads={layer: count_loads(one.experts, one.scores.shape[-1]) for layer, one in states.routing.items()},
+    )
+
+
+def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    summed, _ = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten())
+    return summed
+
+
+def _balance(states: States, batch: Batch, scale: Scale, config: BalanceConfig, zero: Tensor) -> Tensor:
+    kind = config.auxiliary_loss
+    if kind == "none" or not config.alpha:
+        return zero
+    sequences = batch.tokens.shape[0]
+    share = config.alpha * sequences / scale.sequences
+    terms = [auxiliary_loss(kind, routing, sequences) for routing in states.routing.values()]
+    return share * torch.stack(terms).sum() if terms else zero

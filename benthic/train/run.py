@@ -1,0 +1,119 @@
+"""A run from config to finished model, in reading order: data, model, optimiser, updates, validation, export."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benthic.config.train import TrainConfig
+from benthic.errors import ConfigError
+from benthic.log import logger
+from benthic.train.export import Facts, export
+from benthic.train.folder import RunFolder
+from benthic.train.progress import Lines, shown
+from benthic.train.signals import StopRequest, stop_requests
+from benthic.train.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a run ended. `interrupted` is the signal that stopped it, after its state was saved; None at its end, when
+    `model` is the finished folder and `validation` holds the last validation row."""
+
+    folder: Path
+    step: int
+    tokens: int
+    seconds: float
+    validation: Mapping[str, object]
+    model: Path | None = None
+    interrupted: signal.Signals | None = None
+
+
+def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summary:
+    """Train as `config` says in `folder`, from its newest saved state with `resume`.
+
+    SIGINT and SIGTERM save the state and leave. Raises RunError for a folder that cannot be used, NumericsError for a
+    loss or gradient that is not finite, CapacityError for a full disk.
+    """
+    config = resolved(config)
+    with RunFolder.open(Path(folder), config, resume) as place, stop_requests() as stop:
+        trainer = Trainer(config, place)
+        if resume:
+            trainer.restore()
+            place.write_config(config)
+        began = time.monotonic()
+        _train(trainer, stop)
+        seconds = time.monotonic() - began
+        return Summary(
+            folder=place.path,
+            step=trainer.step,
+            tokens=trainer.tokens,
+            seconds=seconds,
+            validation=trainer.validation,
+            model=None if stop.received else place.model,
+            interrupted=stop.received,
+        )
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """`config` with "auto" replaced by what it comes to on this machine, each choice logged with its reason."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        logger.info("device %s: %s", device, "a GPU is there" if device == "cuda" else "torch sees no GPU")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU", hint="benthic doctor says why; or --device cpu")
+    compute = config.precision.compute
+    if compute == "auto":
+        compute = "bfloat16" if device == "cuda" else "float32"
+        logger.info("compute %s, float32 master weights: the default on %s", compute, device)
+    return config.replace(device=device, precision=config.precision.replace(compute=compute))
+
+
+def _train(trainer: Trainer, stop: StopRequest) -> None:
+    config = trainer.config
+    with shown(config.steps, trainer.step) as display:
+        trainer.announce(display)
+        trainer.meter.start()
+        while trainer.step < config.steps and not stop.received:
+            trainer.make_update(display)
+            paused = trainer.meter.pause()
+            _between_updates(trainer, display)
+            trainer.meter.unpause(paused)
+        if not stop.received:
+            _finish(trainer, display)
+        else:
+            if trainer.saved != trainer.step:
+                trainer.save()
+            display.note(f"{stop.received.name}: saved step {trainer.step}; continue with --resume")
+
+
+def _between_updates(trainer: Trainer, display: Lines) -> None:
+    config, step = trainer.config, trainer.step
+    last = step == config.steps
+    if step % config.evaluation.every == 0 or last:
+        trainer.validate(display, config.evaluation.final_max_tokens if last else config.evaluation.max_tokens)
+    if step % config.sampling.every == 0 or last:
+        trainer.sample(display)
+    if step % config.checkpoint.every == 0 or last:
+        trainer.save()
+
+
+def _finish(trainer: Trainer, display: Lines) -> None:
+    """The model folder. A run resumed at its end does this part again, and a run shortened to here validates first."""
+    if trainer.validation.get("step") != trainer.step:
+        trainer.validate(display, trainer.config.evaluation.final_max_tokens)
+    facts = Facts(
+        corpus=trainer.corpus.manifest.source,
+        corpus_fingerprint=trainer.corpus.manifest.key,
+        steps=trainer.step,
+        tokens=trainer.tokens,
+        validation={name: value for name, value in trainer.validation.items() if name not in ("step", "tokens")},
+    )
+    export(trainer.finished_weights(), trainer.config, trainer.tokenizer, trainer.folder.model, facts)
+    display.note(f"model written to {trainer.folder.model}")

@@ -1,0 +1,131 @@
+"""The training state on disk: all that the next update depends on, so that a resumed run makes the same one.
+
+    checkpoints/step-00000100/
+        state.json           updates and tokens so far, place of the loader, best validation, versions
+        weights.safetensors  float32 masters and routing biases, by parameter name
+        moments.safetensors  exp_avg.<name>, exp_avg_sq.<name>
+        average.safetensors  averaged weights, when the run keeps them
+        random.safetensors   torch's generators
+
+Tensors are safetensors and numbers JSON; nothing is pickled. A folder has its final name only when it is complete, so
+the newest complete state is found by looking.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benthic.errors import CheckpointError
+from benthic.files import write_atomic
+from benthic.train.disk import publish_folder, remove_folder, sync, write_tensors
+
+FORMAT = 1
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The numbers of a run's state. `best` and `validation` are the best and the last validation; `corpus` is the
+    fingerprint of what the run reads."""
+
+    step: int = 0
+    tokens: int = 0
+    loader: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
+    corpus: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One saved state in memory: numbers and named tensors."""
+
+    progress: Progress
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None
+
+
+def complete_states(checkpoints: Path) -> list[Path]:
+    """Folders of complete states, oldest first."""
+    return sorted(path for path in checkpoints.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def save_state(checkpoints: Path, state: State, keep: int | None) -> Path:
+    """Write `state`, then delete all but the newest `keep`; the folder it is in.
+
+    Raises CapacityError when there is no room and RunError when writing is refused; older states stay as they were.
+    """
+    step = state.progress.step
+    final = checkpoints / f"{_PREFIX}{step:08d}"
+
+    def fill(folder: Path) -> None:
+        write_tensors(folder / "weights.safetensors", state.weights)
+        write_tensors(folder / "moments.safetensors", state.moments)
+        if state.average is not None:
+            write_tensors(folder / "average.safetensors", state.average)
+        write_tensors(folder / "random.safetensors", _generators())
+        numbers = {"format": FORMAT, "torch": torch.__version__, **asdict(state.progress)}
+        write_atomic(folder / "state.json", json.dumps(numbers, indent=2) + "\n")
+        sync(folder)
+
+    publish_folder(final, f"the training state of step {step}", fill)
+    if keep is not None:
+        for old in complete_states(checkpoints)[:-keep]:
+            remove_folder(old)
+    return final
+
+
+def read_state(folder: Path, device: torch.device) -> State:
+    """Read a state and set torch's generators to it. Raises CheckpointError naming the file that is wrong."""
+    try:
+        numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / "state.json", error) from None
+    if numbers.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{folder} was written in another format than {FORMAT}, the one this version reads")
+    numbers.pop("torch")
+    _set_generators(_tensors(folder / "random.safetensors", torch.device("cpu")))
+    average = folder / "average.safetensors"
+    return State(
+        progress=Progress(**numbers),
+        weights=_tensors(folder / "weights.safetensors", device),
+        moments=_tensors(folder / "moments.safetensors", device),
+        average=_tensors(average, device) if average.exists() else None,
+    )
+
+
+def _tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    try:
+        return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read {path}: {error}",
+        hint=f"move {path.parent} away; --resume then continues from the state before it",
+    )
+
+
+def _generators() -> dict[str, Tensor]:
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _set_generators(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,203 @@
+"""Trainer: the parts of a run assembled, and what is done to them between updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benthic.checkpoint import load_into
+from benthic.config.train import TrainConfig
+from benthic.data import Batch, Loader, prepare
+from benthic.errors import ConfigError, RunError
+from benthic.log import logger
+from benthic.model.initialisation import initialise
+from benthic.model.language_model import LanguageModel
+from benthic.train.ema import Average
+from benthic.train.evaluation import Validation, held_out, validate
+from benthic.train.export import parameter_count
+from benthic.train.folder import RunFolder
+from benthic.train.metrics import Meter, write_loads
+from benthic.train.optimizer import Optimizer
+from benthic.train.progress import Lines
+from benthic.train.sample import complete
+from benthic.train.schedule import Place, sequences_at
+from benthic.train.state import Progress, State, complete_states, read_state, save_state
+from benthic.train.step import routing_biases, update
+
+
+class Trainer:
+    """Data, model, optimiser and average of one run, `step` updates old."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
+        self.config = config
+        self.folder = folder
+        self.device = torch.device(config.device)
+        self.corpus = prepare(config.data, folder.data)
+        self.tokenizer = self.corpus.tokenizer
+        self.loader = Loader(self.corpus.train, config.data.sequence_length, config.data.seed)
+        if self.tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, but model.vocab_size is "
+                f"{config.model.vocab_size}"
+            )
+        dtype = torch.bfloat16 if config.precision.compute == "bfloat16" else torch.float32
+        self.model = LanguageModel(config.model, self.device, dtype)
+        torch.manual_seed(config.seed)
+        if not complete_states(folder.checkpoints):
+            self._first_weights()
+        self.optimizer = Optimizer(self.model, config.optimizer)
+        decay = config.optimizer.ema_decay
+        self.average = None if decay is None else Average(self.weights(), decay)
+        self.meter = Meter(config.model, config.data.sequence_length, self.device, config.precision.compute)
+        self.step = self.tokens = 0
+        self.saved: int | None = None
+        self.best: dict[str, Any] = {}
+        self.validation: dict[str, Any] = {}
+
+    def _first_weights(self) -> None:
+        """Those of another model's folder, or random ones."""
+        if self.config.start_from is None:
+            initialise(self.model, self.config.seed)
+            return
+        load_into(self.model, self.config.start_from)
+        logger.info("weights of %s", self.config.start_from)
+
+    def weights(self) -> dict[str, Tensor]:
+        """float32 masters and routing biases by name: what is saved, averaged and exported."""
+        biases = {f"model.layers.{layer}.mlp.gate.e_score_correction_bias": bias for layer, bias in self.biases.items()}
+        return self.optimizer.masters | biases
+
+    @property
+    def biases(self) -> dict[int, Tensor]:
+        """Routing biases by layer."""
+        return routing_biases(self.model)
+
+    def finished_weights(self) -> Mapping[str, Tensor]:
+        """What the model folder holds: the last weights, or their average where the config says so."""
+        average = self.average
+        return average.tensors if average is not None and self.config.checkpoint.export_average else self.weights()
+
+    def announce(self, display: Lines) -> None:
+        """Say what is about to train on what."""
+        display.note(
+            f"{self.config.name}: {parameter_count(self.config.model):,} parameters, "
+            f"{self.corpus.train.facts.tokens:,} training tokens from {self.corpus.manifest.source}"
+        )
+
+    def make_update(self, display: Lines) -> None:
+        """One update, counted, shown and, on its turn, logged."""
+        place = Place(self.step + 1, self.tokens, self.config.steps)
+        sequences = sequences_at(self.config.batch.sequences, self.config.batch.micro_sequences, place)
+        batch = _on(self.loader.next_batch(sequences), self.device)
+        done = update(self.model, self.optimizer, batch, place, self.config, self.folder.failures)
+        self.step = done.step
+        self.tokens += batch.tokens[:, 1:].numel()
+        if self.average is not None:
+            self.average.update(self.weights(), self.step)
+        self.meter.count(done)
+        display.updated(done, self.meter.tokens_per_second)
+        logging, last = self.config.logging, self.step == self.config.steps
+        if self.step % logging.every == 0 or self.step == 1 or last:
+            row = self.meter.row(done, self.tokens)
+            self.folder.append("metrics.jsonl", row)
+            display.row(row)
+        if done.loads and (self.step % logging.routing_every == 0 or last):
+            write_loads(self.folder.routing, done)
+
+    def validate(self, display: Lines, max_tokens: int | None) -> None:
+        """Measure on held-out text and add a validation row."""
+        found = self._validation(max_tokens)
+        row: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "val_loss": found.loss,
+            "bits_per_byte": found.bits_per_byte,
+            "mtp_acceptance": found.acceptance,
+            "max_violation_global": found.max_violation,
+        }
+        if self.average is not None:
+            with self.average.installed(self.model):
+                averaged = self._validation(max_tokens)
+            row |= {"ema_val_loss": averaged.loss, "ema_bits_per_byte": averaged.bits_per_byte}
+        self.folder.append("metrics.jsonl", row)
+        self.validation = row
+        if found.loss < self.best.get("val_loss", float("inf")):
+            self.best = {"step": self.step, "val_loss": found.loss}
+        best = "" if self.best["step"] == self.step else f"  (best {self.best['val_loss']:.3f} at {self.best['step']})"
+        shares = enumerate(found.acceptance, start=1)
+        accepted = "".join(f"  prediction {depth} accepted {share:.1%}" for depth, share in shares)
+        balance = "" if found.max_violation is None else f"  MaxVio {found.max_violation:.2f}"
+        display.note(
+            f"validation at step {self.step}: loss {found.loss:.3f}, {found.bits_per_byte:.3f} bits per byte"
+            f"{accepted}{balance}{best}"
+        )
+
+    def _validation(self, max_tokens: int | None) -> Validation:
+        config = self.config
+        batches = held_out(
+            self.corpus.validation, config.data.sequence_length, config.evaluation.micro_sequences, max_tokens
+        )
+        on_device = (_on(batch, self.device) for batch in batches)
+        token_bytes = self.corpus.token_bytes.to(self.device)
+        return validate(self.model, on_device, token_bytes, config.data.mask_documents)
+
+    def sample(self, display: Lines) -> None:
+        """Complete the config's prompts."""
+        sampling = self.config.sampling
+        for prompt in sampling.prompts:
+            text = complete(self.model, self.tokenizer, prompt, sampling.max_tokens, sampling.temperature)
+            self.folder.append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
+            display.note(f"sample at step {self.step}:\n{prompt}{text}")
+
+    def save(self) -> None:
+        """Write the training state, keep the newest ones."""
+        average = None if self.average is None else self.average.tensors
+        progress = Progress(
+            step=self.step,
+            tokens=self.tokens,
+            loader=self.loader.state_dict(),
+            best=self.best,
+            validation=self.validation,
+            corpus=self.corpus.manifest.key,
+        )
+        state = State(progress, self.weights(), self.optimizer.moments(), average)
+        save_state(self.folder.checkpoints, state, self.config.checkpoint.keep)
+        self.saved = self.step
+
+    def restore(self) -> None:
+        """Continue from the newest saved state; from the start when the run was stopped before its first."""
+        states = complete_states(self.folder.checkpoints)
+        if states:
+            self._take_over(read_state(states[-1], self.device))
+        self.folder.rewind(self.step)
+        logger.info("resumed at step %d of %d", self.step, self.config.steps)
+
+    @torch.no_grad()
+    def _take_over(self, state: State) -> None:
+        progress = state.progress
+        if progress.corpus != self.corpus.manifest.key:
+            raise RunError(
+                f"the corpus has changed since step {progress.step} (fingerprint {self.corpus.manifest.key[:12]}, "
+                f"was {progress.corpus[:12]})",
+                hint="bring the old text back, or start a new run with --run-folder",
+            )
+        if progress.step > self.config.steps:
+            raise RunError(
+                f"the run has made {progress.step} updates already, but steps is {self.config.steps}",
+                hint=f"resume with --steps {progress.step} or more",
+            )
+        self.step = self.saved = progress.step
+        self.tokens, self.best, self.validation = progress.tokens, progress.best, progress.validation
+        self.loader.load_state_dict(progress.loader)
+        self.optimizer.load(state.weights, state.moments, progress.step)
+        for layer, bias in self.biases.items():
+            bias.copy_(state.weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"])
+        if self.average is not None:
+            self.average.load(state.average or state.weights)
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    return Batch(batch.tokens.to(device), batch.documents.to(device))

@@ -1,0 +1,122 @@
+"""`benthic train` as a user meets it: overrides, refusals with a way out, what it prints."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from benthic.cli.main import main
+from benthic.cli.train import split_settings
+from benthic.config.override import override
+from benthic.config.train import TrainConfig
+from benthic.errors import ConfigError
+from benthic.train.run import run
+from tests.train.small import small_run
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(small_run(steps=4).to_yaml())
+    return path
+
+
+def refused(capsys, *arguments):
+    assert main(["train", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_recipe_from_a_file_is_trained_and_its_model_named_on_stdout(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["train", str(config), "--run-folder", str(folder), "--steps=3", "--logging.every", "1"]) == 0
+    assert capsys.readouterr().out == f"{folder / 'model'}\n"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert main(["train", "--resume", "--run-folder", str(folder), "--steps", "4"]) == 0
+    assert TrainConfig.from_yaml(folder / "config.yaml").steps == 4
+
+
+def test_shown_config_is_yaml_that_reads_back(config, capsys):
+    assert main(["train", str(config), "--show-config", "--optimizer.learning_rate", "1e-3"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["optimizer"]["learning_rate"] == {"peak": 1e-3, "start": 1.0, "phases": []}
+    assert TrainConfig(**shown).steps == 4
+
+
+def test_plan_only_states_size_and_cost_and_needs_no_torch():
+    code = (
+        "import sys; from benthic.cli.main import main; code = main(['train', 'demo', '--plan-only']);"
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "parameters" in done.stdout
+    assert "FLOPs a token" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["dmeo"], "'dmeo' is neither a recipe nor a config file", "did you mean 'demo'?"),
+        ([], "which recipe? none was named", "benthic train demo"),
+        (["demo", "--optimiser.weight_decay", "0"], "unknown option --optimiser.weight_decay", "'optimizer'"),
+        (["demo", "--optimizer.weight_decy", "0"], "unknown key 'weight_decy' in optimizer", "'weight_decay'"),
+        (["demo", "--resum"], "unknown option --resum", "'resume'"),
+        (["demo", "--steps"], "option --steps needs a value", ""),
+        (["demo", "--steps", "0"], "steps: Input should be greater than 0 (given 0)", ""),
+        (["demo", "--steps.more", "1"], "steps is a single value", ""),
+        (["demo", "--optimizer.learning_rate.phases.9.factor", "1"], "has 3 entries", ""),
+        (["demo", "--optimizer.weight_decay", "[1"], "cannot read the value of --optimizer.weight_decay", ""),
+        (["demo", "--batch.sequences", "7", "--batch.micro_sequences", "2"], "must be a multiple", ""),
+    ],
+)
+def test_mistakes_are_named_with_the_nearest_right_thing(capsys, arguments, message, hint):
+    said = refused(capsys, *arguments)
+    assert message in said
+    assert hint in said
+    assert "Traceback" not in said
+
+
+def test_a_run_folder_in_use_is_refused(config, tmp_path, capsys):
+    run(small_run(steps=1), tmp_path / "run")
+    said = refused(capsys, str(config), "--run-folder", str(tmp_path / "run"))
+    assert "is not empty" in said
+    assert "--resume" in said
+
+
+def test_a_yaml_that_is_no_config_is_refused(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("steps: [")
+    assert "is not valid YAML" in refused(capsys, str(path))
+    path.write_text("- 1")
+    assert "holds a list, not a mapping" in refused(capsys, str(path))
+    path.write_text("name: x\nstepz: 3")
+    said = refused(capsys, str(path))
+    assert "unknown key 'stepz'" in said
+    assert "did you mean 'steps'?" in said
+
+
+def test_help_is_short_and_shows_dotted_names(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--optimizer.learning_rate 3e-3" in shown
+    assert len(shown.splitlines()) < 30
+
+
+def test_settings_take_any_value_and_leave_the_rest():
+    own, settings = split_settings(["demo", "--steps=2"])
+    assert (own, settings) == (["demo"], {"steps": "2"})
+    own, settings = split_settings(["--run-folder", "x", "--data.path", "-1", "--resume", "demo"])
+    assert (own, settings) == (["--run-folder", "x", "--resume", "demo"], {"data.path": "-1"})
+
+
+def test_overrides_reach_into_lists_and_give_frozen_configs():
+    changed = override(small_run(), {"optimizer.learning_rate.phases.0.until": "9", "sampling.prompts": "[a, b]"})
+    assert changed.optimizer.learning_rate.phases[0].until == 9
+    assert changed.sampling.prompts == ("a", "b")
+    with pytest.raises(ConfigError, match="there is no 'x'"):
+        override(small_run(), {"optimizer.learning_rate.phases.x.until": "9"})

@@ -1,0 +1,44 @@
+"""Devices: every number has a source, no rate exceeds its peak, and unknown names are refused."""
+
+import pytest
+
+from benthic.errors import ConfigError
+from benthic.plan.devices import DEVICES, find_device
+
+WORKS = ["matmul", "weight_gradient", "grouped", "grouped_weight_gradient", "attention", "attention_backward", "decode"]
+
+
+def test_the_h200_has_its_measured_rates():
+    device = find_device("H200")
+    assert device.memory_bandwidth.value == pytest.approx(4.22e12)
+    assert device.rate("matmul", "bf16").value == 783e12
+    assert device.rate("matmul", "fp8").value == 877e12
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_rate_is_below_its_peak_and_names_its_source(name):
+    device = find_device(name)
+    for precision, peak in device.peak.items():
+        for work in WORKS:
+            rate = device.rate(work, precision)
+            assert 0 < rate.value <= peak
+            assert rate.source
+    for rate in (device.memory_bandwidth, device.node_bandwidth, device.network_bandwidth, device.dollars_per_hour):
+        assert rate.value > 0
+        assert rate.source
+
+
+def test_a_rate_nobody_measured_takes_the_share_measured_elsewhere_and_says_so():
+    rate = find_device("b200").rate("matmul", "bf16")
+    assert rate.value == pytest.approx(783 / 989.4 * 2250e12)
+    assert rate.source.startswith("79% of peak, as on NVIDIA H200")
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"unknown device 'h20'; allowed: a100, b200, cpu, h100, h200, h800"):
+        find_device("h20")
+
+
+def test_a_precision_the_device_lacks_is_refused():
+    with pytest.raises(ConfigError, match=r"device 'a100' has no fp8 arithmetic\nhint: allowed: bf16, fp32"):
+        find_device("a100").rate("matmul", "fp8")

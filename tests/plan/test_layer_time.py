@@ -1,0 +1,59 @@
+"""One layer's time against DeepSeek's published trace: 4 expert layers, one forward and one backward, 124 ms busy."""
+
+from __future__ import annotations
+
+import pytest
+
+from benthic.config import ModelConfig
+from benthic.config.parallel import ParallelConfig
+from benthic.plan.devices import DEVICES
+from benthic.plan.layer_time import Overheads, head_pieces, layer_pieces
+from benthic.plan.training import Training
+
+V3 = ModelConfig.from_pretrained("deepseek-v3")
+H800 = DEVICES["h800"]
+LAYOUT = ParallelConfig.parse("pp=16,schedule=dualpipe,fsdp=128,zero=1,ep=64")
+TRAINING = Training(4096, precision="fp8", recomputation="up_projections")
+TRACE = {
+    "weight": 0.251,
+    "routed experts": 0.176,
+    "attention core": 0.168,
+    "other matrices": 0.144,
+    "memory-bound": 0.261,
+}
+
+
+@pytest.mark.parametrize("kind", TRACE)
+def test_kernel_rates_give_back_the_shares_of_the_trace(kind):
+    seconds = dict.fromkeys(TRACE, 0.0)
+    for piece in layer_pieces(V3, TRAINING, H800, LAYOUT, 30, Overheads(memory_share=0.261)):
+        if piece.part == "memory-bound":
+            seconds["memory-bound"] += piece.seconds
+        elif piece.phase == "weight":
+            seconds["weight"] += piece.seconds
+        elif piece.part != "exchange":
+            seconds[piece.part] += piece.seconds
+    assert 4 * seconds[kind] == pytest.approx(TRACE[kind] * 0.124, rel=0.08)
+
+
+def test_the_exchange_is_the_same_both_ways_and_absent_on_one_gpu():
+    pieces = layer_pieces(V3, TRAINING, H800, LAYOUT, 30, Overheads())
+    there, back = (sum(p.seconds for p in pieces if p.phase == f"{way} exchange") for way in ("forward", "backward"))
+    assert there == back > 0
+    alone = layer_pieces(V3, TRAINING, H800, ParallelConfig(), 30, Overheads())
+    assert sum(piece.seconds for piece in alone if piece.part == "exchange") == 0
+
+
+def test_a_prediction_layer_joins_two_states_and_needs_a_second_head():
+    last, extra = (
+        sum(
+            piece.seconds
+            for piece in layer_pieces(V3, TRAINING, H800, LAYOUT, layer, Overheads())
+            if piece.phase == "weight"
+        )
+        for layer in (60, 61)
+    )
+    assert extra > last
+    one = V3.replace(num_nextn_predict_layers=0)
+    heads = [sum(p.seconds for p in head_pieces(c, TRAINING, H800, LAYOUT, Overheads())) for c in (one, V3)]
+    assert heads[1] == pytest.approx(2 * heads[0])

@@ -1,0 +1,135 @@
+"""The optimiser against AdamW by its formula, its groups, and float32 masters of a bfloat16 model."""
+
+import pytest
+import torch
+
+from benthic.config.train import OptimizerConfig
+from benthic.errors import CheckpointError, ConfigError
+from benthic.model.initialisation import initialise
+from benthic.model.language_model import LanguageModel
+from benthic.train.ema import Average
+from benthic.train.optimizer import Optimizer
+from tests.train.small import small_model
+
+MATRIX = "model.layers.0.self_attn.o_proj.weight"
+GAIN = "model.norm.weight"
+
+
+def build(dtype=torch.float32, **settings):
+    model = LanguageModel(small_model(), dtype=dtype)
+    initialise(model, 0)
+    return model, Optimizer(model, OptimizerConfig(**settings))
+
+
+def set_gradients(model, size, seed=0):
+    stream = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = size * torch.randn(parameter.shape, generator=stream)
+
+
+def test_two_updates_follow_the_formula_with_decay_on_matrices_alone():
+    model, optimizer = build(clip_norm=None, weight_decay=0.1, epsilon=1e-8)
+    before = {name: one.detach().double().clone() for name, one in model.named_parameters()}
+    first, second = ({name: torch.zeros_like(one) for name, one in before.items()} for _ in range(2))
+    for count in (1, 2):
+        set_gradients(model, 1.0, count)
+        gradients = {name: one.grad.double().clone() for name, one in model.named_parameters()}
+        optimizer.step(0.01, optimizer.gradient_norm())
+        for name in (MATRIX, GAIN, "model.embed_tokens.weight", "lm_head.weight"):
+            first[name] = 0.9 * first[name] + 0.1 * gradients[name]
+            second[name] = 0.95 * second[name] + 0.05 * gradients[name] ** 2
+            decay = 0.0 if name == GAIN else 0.1
+            step = (first[name] / (1 - 0.9**count)) / ((second[name] / (1 - 0.95**count)).sqrt() + 1e-8)
+            before[name] = before[name] * (1 - 0.01 * decay) - 0.01 * step
+            torch.testing.assert_close(model.get_parameter(name).detach().double(), before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_moonlights_groups_decay_norm_gains_too():
+    moved = []
+    for groups in (("matrix", "embedding"), ("matrix", "embedding", "gain")):
+        model, optimizer = build(decayed_groups=groups)
+        set_gradients(model, 0.0)
+        optimizer.step(0.5, optimizer.gradient_norm())
+        moved.append((model.get_parameter(GAIN)[0].item(), model.get_parameter(MATRIX).norm().item()))
+    assert moved[0][0] == 1.0
+    assert moved[1][0] == pytest.approx(0.95)
+    assert moved[0][1] == moved[1][1]
+
+
+def test_a_routing_bias_cannot_be_decayed():
+    with pytest.raises(ConfigError, match="moved by the balancing rule alone"):
+        OptimizerConfig(decayed_groups=("matrix", "routing_bias"))
+
+
+def test_gradients_are_scaled_to_the_clip_norm_and_the_norm_is_that_before():
+    model, optimizer = build(clip_norm=1.0)
+    set_gradients(model, 3.0)
+    expected = torch.stack([one.grad.norm() for one in model.parameters()]).norm()
+    norm = optimizer.gradient_norm()
+    optimizer.step(0.0, norm)
+    after = torch.stack([one.grad.norm() for one in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert after.item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_bfloat16_model_adds_up_gradients_and_steps_in_float32():
+    model, optimizer = build(torch.bfloat16, clip_norm=None, weight_decay=0.0)
+    weight = model.get_parameter(MATRIX)
+    for _ in range(300):
+        # 2^-9 beside a sum above 1 is lost in bfloat16, which keeps 8 bits.
+        (weight.sum() * 2.0**-9).backward()
+    assert weight.grad is None
+    assert optimizer.masters[MATRIX].grad.unique().tolist() == [300 * 2.0**-9]
+    start = optimizer.masters[MATRIX].clone()
+    for _ in range(3):
+        optimizer.step(1e-6, optimizer.gradient_norm())
+    # Steps far below a bfloat16's spacing stay in the master.
+    assert (optimizer.masters[MATRIX] - start).abs().min() > 2e-6
+    assert torch.equal(weight, optimizer.masters[MATRIX].bfloat16())
+
+
+def test_moments_and_masters_that_are_taken_over_continue_bit_for_bit():
+    results = []
+    for stop in (False, True):
+        _, optimizer = build(torch.bfloat16)
+        for count in range(4):
+            if stop and count == 2:
+                masters = {name: one.clone() for name, one in optimizer.masters.items()}
+                moments = {name: one.clone() for name, one in optimizer.moments().items()}
+                _, optimizer = build(torch.bfloat16)
+                optimizer.load(masters, moments, 2)
+            optimizer.zero_gradients()
+            for name, master in optimizer.masters.items():
+                master.grad = torch.sin(master * (count + 1) + len(name))
+            optimizer.step(1e-2, optimizer.gradient_norm())
+        results.append(optimizer.masters)
+    for name, master in results[0].items():
+        assert torch.equal(master, results[1][name]), name
+
+
+def test_missing_weights_are_named():
+    _, optimizer = build()
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights, first 'lm_head.weight'"):
+        optimizer.load({name: one for name, one in optimizer.masters.items() if name != "lm_head.weight"}, {}, 0)
+
+
+def test_parameters_with_a_gradient_that_is_not_finite_are_named():
+    model, optimizer = build()
+    set_gradients(model, 1.0)
+    model.get_parameter(MATRIX).grad[0, 0] = float("nan")
+    assert optimizer.bad_gradients() == [MATRIX]
+
+
+def test_the_average_follows_its_formula_and_is_gone_after_use():
+    model, _ = build()
+    average = Average(dict(model.named_parameters()), 0.9)
+    with torch.no_grad():
+        model.get_parameter(GAIN).fill_(2.0)
+    weights = dict(model.named_parameters())
+    average.update(weights, 1)
+    assert average.tensors[GAIN][0].item() == pytest.approx(1 + (1 - 2 / 11))
+    average.update(weights, 10_000)
+    assert average.tensors[GAIN][0].item() == pytest.approx(2 - 0.9 * 2 / 11)
+    with average.installed(model):
+        assert model.get_parameter(GAIN)[0].item() == average.tensors[GAIN][0].item()
+    assert model.get_parameter(GAIN)[0].item() == 2.0
