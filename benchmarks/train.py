@@ -53,6 +53,7 @@ class Workload(Settings):
 def measure(workload: Workload) -> dict[str, Any]:
     """Check, then time in turn; plain data. Raises ConfigError without transformers, NumericsError on disagreement."""
     transformers = _transformers()
+    machine = describe(("torch", "transformers"))
     if workload.device == "cpu":
         torch.set_num_threads(workload.threads)
     # A model's end-of-sequence token would end one decoding run earlier than the next.
@@ -63,8 +64,6 @@ def measure(workload: Workload) -> dict[str, Any]:
     tokens = tokens.to(workload.device)
     check(ours, theirs, tokens, workload)
     wait = torch.cuda.synchronize if workload.device.startswith("cuda") else (lambda: None)
-    machine = describe(("torch", "transformers"))
-
     decoding = {
         "benthic": lambda: _decode(ours, tokens, workload),
         "transformers": lambda: _decode_theirs(theirs, tokens, workload),

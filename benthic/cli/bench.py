@@ -87,4 +87,10 @@ def table(result: dict[str, Any]) -> str:
         found = result[part]["times_transformers"]
         spread = f"{found['first_quartile']:.2f} to {found['third_quartile']:.2f}"
         lines.append(f"  {'times transformers':<42}{found['median']:>10.2f}   {spread}")
+    if machine["load_average_before"] and machine["load_average_before"] > 0.5:
+        lines += [
+            "",
+            f"The machine was busy: {machine['load_average_before']:.1f} other processes ran when this began. "
+            "Do not keep these figures.",
+        ]
     return "\n".join(lines) + "\n"
