@@ -33,7 +33,9 @@ def layer_traffic(config: ModelConfig, layer: int, precision: TrainingPrecision)
     norm = Traffic("attention", "norm", 2 * b * width, 5 * b * width, "norm")
     residual = Traffic("attention", "residual sum", 3 * b * width, 3 * b * width)
     attention = _latent(config, b) if config.kv_lora_rank else _plain(config, b)
-    feed_forward = _experts(config, b) if config.is_expert_layer(layer) else _gated(config.intermediate_size, b)
+    feed_forward = (
+        _experts(config, precision, b) if config.is_expert_layer(layer) else _gated(config.intermediate_size, b)
+    )
     second = [Traffic("feed_forward", one.name, one.forward, one.backward, one.role) for one in (norm, residual)]
     return [norm, residual, *attention, *second, *feed_forward]
 
@@ -87,7 +89,7 @@ def _gated(inner: float, b: int) -> Iterator[Traffic]:
     yield Traffic("feed_forward", "silu(gate) * up", 5 * b * inner, 9 * b * inner, "gated")
 
 
-def _experts(config: ModelConfig, b: int) -> Iterator[Traffic]:
+def _experts(config: ModelConfig, precision: TrainingPrecision, b: int) -> Iterator[Traffic]:
     width, chosen = config.hidden_size, config.num_experts_per_tok
     rows, inner = chosen * width, chosen * config.moe_intermediate_size
     # Tokens in float32 for the router, and back; its gradient joins the other.
@@ -97,9 +99,13 @@ def _experts(config: ModelConfig, b: int) -> Iterator[Traffic]:
     # Backward joins the gradients of gate and up.
     yield Traffic("feed_forward", "split gate and up", 0, 4 * b * inner)
     yield Traffic("feed_forward", "rows back", 2 * b * rows, 4 * b * rows)
-    # Weighted sum in float32; backward: rows' gradient, the product for the weights' gradient, and its sum.
-    wide = (b + 4) * rows
-    yield Traffic("feed_forward", "weighted sum", wide + 8 * rows + 4 * rows + 8 * width, wide + 4 * rows + 12 * rows)
+    if precision == "fp8":
+        # The experts' products were weighted before down_proj: rows are summed as they are.
+        yield Traffic("feed_forward", "sum of rows", b * (rows + width), b * (rows + width))
+    else:
+        # In float32; backward: the rows' gradient, the product for the weights' gradient, and its sum.
+        wide = (b + 4) * rows
+        yield Traffic("feed_forward", "weighted sum", wide + 12 * rows + 8 * width, wide + 16 * rows)
     if config.n_shared_experts:
         yield from _gated(config.n_shared_experts * config.moe_intermediate_size, b)
         yield Traffic("feed_forward", "sum with shared expert", 3 * b * width, 3 * b * width)
