@@ -2,25 +2,24 @@
 
 A new folder is written beside its place and renamed. In an existing folder the files are written and synced inside a
 hidden subfolder, which is renamed to `.incoming` (from here the new checkpoint is complete and wins), moved file by
-file into place, the index last, and what it replaces is removed. Killed before the rename, the old
-checkpoint is untouched; killed after it, the next save finishes the move, and a reader says what happened.
+file into place, the index last, and what it replaces is removed. Killed before the rename, the old checkpoint is
+untouched; killed after it, the next save finishes the move, and until then a reader says what happened.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from benthic.checkpoint.folder import INCOMING, INDEX, WEIGHTS, checkpoint_files
 from benthic.errors import CapacityError, CheckpointError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from benthic.files import write_failure
 
 
 @contextmanager
@@ -63,16 +62,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in _FULL:
-            raise CapacityError(
-                f"the disk is full: writing {folder} failed ({reason}); nothing was changed there",
-                hint="free some space or save elsewhere",
-            ) from error
-        raise CheckpointError(
-            f"cannot write {folder}: {reason}" + (f" ({error.filename})" if error.filename else ""),
-            hint="choose a folder that you may write to",
-        ) from error
+        raise write_failure(folder, error, CheckpointError) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -82,14 +72,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_document(path: Path, content: bytes) -> None:
-    """Write a small file and sync it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _move_into_place(folder: Path) -> None:
@@ -118,7 +100,7 @@ def _current_files(last: Path) -> set[str]:
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove what killed processes of this machine left behind."""
-    for path in parent.glob(f"{prefix}*"):
+    for path in parent.glob(f"{escape(prefix)}*"):
         process = path.name.removeprefix(prefix)
         if process.isdigit() and not _is_running(int(process)):
             shutil.rmtree(path, ignore_errors=True)

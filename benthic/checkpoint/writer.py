@@ -18,11 +18,12 @@ from torch import Tensor
 from benthic.checkpoint.folder import CONFIG, INDEX, WEIGHTS, Entry, named_list, total_bytes
 from benthic.checkpoint.layout import DEFAULT_BLOCK, FP8, SCALE_SUFFIX, scale_shape
 from benthic.checkpoint.shard import TORCH_DTYPES, ShardWriter
-from benthic.checkpoint.staging import staged, write_document
+from benthic.checkpoint.staging import staged
 from benthic.config.manifest import StoredTensor, parameters, stored_tensors
 from benthic.config.model import Fp8Quantization, ModelConfig
 from benthic.config.published import config_to_published, read_json
 from benthic.errors import CheckpointError, NumericsError
+from benthic.files import write_atomic
 from benthic.log import logger
 from benthic.numerics.reference.quantisation import quantise_blocks
 
@@ -173,11 +174,11 @@ def write_folder(
         for name, document in documents.items():
             _write_json(stage / name, document)
         for path in copies:
-            write_document(stage / path.name, path.read_bytes())
+            write_atomic(stage / path.name, path.read_bytes(), CheckpointError)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    write_document(path, (json.dumps(data, indent=2) + "\n").encode())
+    write_atomic(path, json.dumps(data, indent=2) + "\n", CheckpointError)
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:

@@ -68,6 +68,8 @@ def main(arguments: list[str]) -> int:
         _list(options.json)
         return 0
     if options.replay:
+        if options.model not in (None, "deepseek-v3"):
+            raise ConfigError(f"--replay predicts the run of deepseek-v3; MODEL is {options.model!r}")
         _replay(options.json)
         return 0
     if options.model is None:

@@ -223,12 +223,17 @@ def explain_plan(config: ModelConfig, request: PlanRequest) -> dict[str, Any]:
     batch, context = request.batch or 1, request.context
     lines = explain_model(config, request.sequence_length, context, request.cache)
     lines += explain_serving(config, serving, batch, context)
-    addends = explain_training(plan_training(config, request))
+    training = plan_training(config, request)
     calls = {"decode": decode_step(batch, context), "prefill": whole_sequences(batch, context)}
-    return {"lines": [asdict(line) for line in lines], "training": addends} | {
-        name: [_timed(one) for one in roofline(gpu_operations(config, serving, call), serving.device)]
-        for name, call in calls.items()
+    found = {
+        "lines": [asdict(line) for line in lines],
+        "training": explain_training(training),
+        "training_assumptions": list(training.cost.assumptions),
     }
+    for name, call in calls.items():
+        operations = gpu_operations(config, serving, call)
+        found[name] = [_timed(one) for one in roofline(operations, serving.device)]
+    return found
 
 
 def _timed(one: TimedOperation) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class PlanRequest(Settings):
     micro_batch: Positive = 1
     precision: TrainingPrecision | None = None
     recomputation: Recomputation | None = None
-    tokens: Annotated[float, Field(gt=0)] = 1e12
-    dollars_per_hour: Annotated[float, Field(ge=0)] | None = None
+    tokens: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e12
+    dollars_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 def resolve_serving(config: ModelConfig, request: PlanRequest) -> tuple[Serving, list[str]]:

@@ -90,6 +90,9 @@ def print_explanation(model: str, explanation: dict[str, Any]) -> None:
         for one in addends:
             text = f"    {one['name']} = {one['formula']} = {one['value']:,.6g} {one['unit']}"
             console.print(text, markup=False, soft_wrap=True)
+    console.print("  training, assumed", style="bold", markup=False)
+    for text in explanation["training_assumptions"]:
+        console.print(f"    {text}", markup=False, soft_wrap=True)
     for call in ("decode", "prefill"):
         console.print(_operations(call, explanation[call]))
 

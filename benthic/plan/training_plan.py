@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from benthic.config import ModelConfig
@@ -61,6 +62,7 @@ class TrainingPlan:
         return self.step.flops_per_second_per_gpu / self.device.peak["bf16"]
 
 
+@lru_cache(maxsize=16)
 def plan_training(config: ModelConfig, request: PlanRequest) -> TrainingPlan:
     """Plan a run. Raises ConfigError where layout, batch and model do not divide."""
     device = find_device(request.device)

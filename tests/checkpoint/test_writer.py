@@ -205,7 +205,7 @@ def test_a_disk_that_fills_leaves_the_old_checkpoint(previous, monkeypatch, code
 
     original = ShardWriter.write
     monkeypatch.setattr(ShardWriter, "write", write)
-    with pytest.raises(CapacityError, match=r"the disk is full: writing .*model failed"):
+    with pytest.raises(CapacityError, match=r"cannot write .*model: .*(.|\n)*free some space"):
         write_checkpoint(random_tensors(TINY), TINY, previous, max_shard_bytes=60_000)
     assert_untouched(previous, before)
 

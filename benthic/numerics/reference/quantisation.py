@@ -42,7 +42,8 @@ def _quantise_band(band: Tensor, width: int, power_of_two: bool) -> tuple[Tensor
     columns = band.shape[1]
     blocks = pad(band.abs(), (0, -columns % width)).view(len(band), -1, width)
     maxima = blocks.amax(dim=(0, 2))
-    scales = (maxima / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    # Divided by a tensor: CUDA divides by a plain number through its reciprocal, and the last bit would differ there.
+    scales = (maxima / maxima.new_tensor(E4M3_MAX)).clamp(min=SMALLEST_SCALE)
     if power_of_two:
         scales = _next_power_of_two(scales)
     scales = torch.where(maxima == 0, 1.0, scales)
