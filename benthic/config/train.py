@@ -190,12 +190,17 @@ class LoggingConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """One run. `steps` is the number of updates; `name` is shown, nothing else hangs on it."""
+    """One run. `steps` is the number of updates; `name` heads the model card and names the folder if nothing else does.
 
-    name: str
+    `start_from` is a model folder whose weights the run begins with: continued pretraining, or context extension when
+    `model` states a longer rotary embedding. None begins with random ones, drawn from `seed`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     model: ModelConfig
     data: DataConfig
     steps: Positive
+    start_from: str | None = None
     seed: NonNegative = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -228,6 +233,11 @@ class TrainConfig(Settings):
         if self.data.tokenizer is None and self.data.vocab_size > model.vocab_size:
             raise ValueError(
                 f"data.vocab_size is {self.data.vocab_size}, but model.vocab_size is only {model.vocab_size}"
+            )
+        if self.start_from is not None and self.data.tokenizer is None:
+            raise ValueError(
+                "start_from needs data.tokenizer, usually the same folder: ids of a newly trained tokenizer would mean "
+                "other text to that model"
             )
         if self.checkpoint.export_average and self.optimizer.ema_decay is None:
             raise ValueError("checkpoint.export_average needs optimizer.ema_decay")

@@ -103,8 +103,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Delete what interrupted writes left in `folder`; their names."""
-    left = sorted(path for path in folder.glob(f".*{PARTIAL}"))
+    """Delete what interrupted writes left in `folder` (benthic/files.py writes under `.NAME.PID.tmp`); their names."""
+    left = sorted([*folder.glob(f".*{PARTIAL}"), *folder.glob(".*.tmp")])
     for path in left:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return [path.name for path in left]

@@ -22,6 +22,9 @@ from benthic.train.disk import explained, sweep
 HARMLESS = ("name", "device", "logging", "sampling", "evaluation", "checkpoint")
 """Settings that may differ on resume, by their first word: none of them touches a weight."""
 
+NO_RUN = (".lock", "data")
+"""What a folder may hold without a run being in it: text prepared before is used again."""
+
 ROWS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -56,7 +59,7 @@ class RunFolder:
 
     @classmethod
     def _entered(cls, path: Path, config: TrainConfig, resume: bool) -> Self:
-        used = [one.name for one in path.iterdir() if one.name != ".lock"]
+        used = [one.name for one in path.iterdir() if one.name not in NO_RUN]
         if used and not resume:
             raise RunError(
                 f"run folder {path} is not empty (it holds {', '.join(sorted(used)[:3])})",
@@ -69,7 +72,7 @@ class RunFolder:
             folder.write_config(config)
         for one in (folder.routing, folder.checkpoints):
             one.mkdir(exist_ok=True)
-        for one in (path, folder.checkpoints):
+        for one in (path, folder.checkpoints, folder.routing, folder.data):
             for name in sweep(one):
                 logger.info("removed %s, left by an interrupted write", name)
         return folder

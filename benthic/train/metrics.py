@@ -25,7 +25,7 @@ class Meter:
     """Times updates and turns them into rows. Time in which nothing trains (validation, saving) is `paused`."""
 
     def __init__(self, model: ModelConfig, sequence_length: int, device: torch.device, compute: str) -> None:
-        self._flops_per_token = training_flops_per_token(model, sequence_length)
+        self._flops_per_token = training_flops_per_token(model, sequence_length, include_mtp=True)
         self._peak = peak_flops(device, compute)
         self._device = device
         self._has_predictions = model.num_nextn_predict_layers > 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benthic.checkpoint import load_into
 from benthic.config.train import TrainConfig
 from benthic.data import Batch, Loader, prepare
 from benthic.errors import ConfigError, RunError
@@ -44,8 +45,9 @@ class Trainer:
             )
         dtype = torch.bfloat16 if config.precision.compute == "bfloat16" else torch.float32
         self.model = LanguageModel(config.model, self.device, dtype)
-        initialise(self.model, config.seed)
         torch.manual_seed(config.seed)
+        if not complete_states(folder.checkpoints):
+            self._first_weights()
         self.optimizer = Optimizer(self.model, config.optimizer)
         decay = config.optimizer.ema_decay
         self.average = None if decay is None else Average(self.weights(), decay)
@@ -54,6 +56,14 @@ class Trainer:
         self.saved: int | None = None
         self.best: dict[str, Any] = {}
         self.validation: dict[str, Any] = {}
+
+    def _first_weights(self) -> None:
+        """Those of another model's folder, or random ones."""
+        if self.config.start_from is None:
+            initialise(self.model, self.config.seed)
+            return
+        load_into(self.model, self.config.start_from)
+        logger.info("weights of %s", self.config.start_from)
 
     def weights(self) -> dict[str, Tensor]:
         """float32 masters and routing biases by name: what is saved, averaged and exported."""
@@ -116,12 +126,13 @@ class Trainer:
         self.validation = row
         if found.loss < self.best.get("val_loss", float("inf")):
             self.best = {"step": self.step, "val_loss": found.loss}
+        best = "" if self.best["step"] == self.step else f"  (best {self.best['val_loss']:.3f} at {self.best['step']})"
         shares = enumerate(found.acceptance, start=1)
         accepted = "".join(f"  prediction {depth} accepted {share:.1%}" for depth, share in shares)
         balance = "" if found.max_violation is None else f"  MaxVio {found.max_violation:.2f}"
         display.note(
             f"validation at step {self.step}: loss {found.loss:.3f}, {found.bits_per_byte:.3f} bits per byte"
-            f"{accepted}{balance}"
+            f"{accepted}{balance}{best}"
         )
 
     def _validation(self, max_tokens: int | None) -> Validation:

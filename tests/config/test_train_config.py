@@ -35,6 +35,8 @@ def test_a_model_may_be_named_by_its_preset():
             {"data": small_run().data.replace(vocab_size=1000)},
             "but model.vocab_size is only 320",
         ),
+        ({"start_from": "runs/demo/model"}, "start_from needs data.tokenizer"),
+        ({"name": "../elsewhere"}, "name: String should match pattern"),
         (
             {"checkpoint": CheckpointConfig(export_average=True), "optimizer": OptimizerConfig()},
             "optimizer.ema_decay",

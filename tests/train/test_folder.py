@@ -32,6 +32,11 @@ def test_a_folder_in_use_is_refused_with_the_way_out(tmp_path):
     make(tmp_path, resume=True)
 
 
+def test_prepared_text_alone_is_no_run(tmp_path):
+    (tmp_path / "data").mkdir()
+    make(tmp_path)
+
+
 def test_nothing_to_resume_is_an_error_and_makes_no_folder(tmp_path):
     with pytest.raises(RunError, match="nothing to resume"):
         make(tmp_path / "absent", resume=True)

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benthic.config.model import RopeParameters
 from benthic.config.train import (
     BatchConfig,
     CheckpointConfig,
     EvaluationConfig,
     LoggingConfig,
     OptimizerConfig,
+    Phase,
     PrecisionConfig,
     SamplingConfig,
     Schedule,
@@ -25,8 +27,9 @@ from benthic.errors import CapacityError, ConfigError, NumericsError, RunError
 from benthic.text import Tokenizer
 from benthic.train import step
 from benthic.train.run import run
+from benthic.train.schedule import planned_tokens
 from benthic.train.state import complete_states
-from tests.train.small import small_run
+from tests.train.small import small_model, small_run
 
 KEYS = "step tokens loss mtp_loss balance_loss lr grad_norm max_violation tokens_per_second mfu memory_gib".split()
 TIMES = ("tokens_per_second", "memory_gib")
@@ -242,6 +245,28 @@ def test_a_small_model_learns_procedural_text(tmp_path):
     assert losses[-1] < 3.5
     assert summary.validation["val_loss"] < 3.6
     assert summary.validation["mtp_acceptance"][0] > 0.3
+
+
+def test_a_growing_batch_reads_the_planned_tokens(tmp_path):
+    ramp = Schedule(peak=6, start=1 / 3, phases=(Phase(shape="linear", until=4, unit="steps"),))
+    config = small_run(batch=BatchConfig(sequences=ramp, micro_sequences=2), steps=5)
+    summary = run(config, tmp_path / "run")
+    assert summary.tokens == planned_tokens(config) == (2 + 4 + 4 + 6 + 6) * 16
+
+
+def test_a_run_may_start_from_another_models_weights_with_longer_context(finished, tmp_path):
+    rope = RopeParameters(
+        rope_type="yarn", factor=2.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0
+    )
+    config = small_run(
+        model=small_model(rope_parameters=rope, max_position_embeddings=128),
+        start_from=str(finished.model),
+        data=small_run().data.replace(sequence_length=100, tokenizer=str(finished.model)),
+        steps=1,
+    )
+    summary = run(config, tmp_path / "longer")
+    first = rows(summary.folder)[0]["loss"]
+    assert first < rows(finished.folder)[0]["loss"] - 0.3
 
 
 def test_cuda_without_a_gpu_is_refused(tmp_path, monkeypatch):

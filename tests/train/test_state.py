@@ -53,8 +53,9 @@ def test_a_folder_left_half_written_is_not_a_state_and_is_swept(tmp_path):
     half.mkdir()
     (half / "weights.safetensors").write_bytes(b"half")
     assert [path.name for path in complete_states(tmp_path)] == ["step-00000001"]
-    assert sweep(tmp_path) == [half.name]
-    assert not half.exists()
+    (tmp_path / ".state.json.123.tmp").touch()
+    assert sweep(tmp_path) == [".state.json.123.tmp", half.name]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.json"])
