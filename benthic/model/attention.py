@@ -31,15 +31,16 @@ class LatentAttention(nn.Module):
         self.layer, self.heads, self.scale = layer, config.num_attention_heads, config.softmax_scale
         self.rank, self.interleaved = config.kv_lora_rank, config.rope_interleave
         self.key_width, self.rotary_width = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value_width = config.v_head_dim
         width, placed = config.hidden_size, {"device": device, "dtype": dtype}
         query_rows = self.heads * config.query_head_dim
-        if config.q_lora_rank:
+        self.compresses_queries = config.q_lora_rank is not None
+        if self.compresses_queries:
             self.q_a_proj = Linear(width, config.q_lora_rank, bias=config.qkv_bias, **placed)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, **placed)
             self.q_b_proj = Linear(config.q_lora_rank, query_rows, bias=False, **placed)
         else:
             self.q_proj = Linear(width, query_rows, bias=False, **placed)
-        self.compresses_queries = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = Linear(width, self.rank + self.rotary_width, bias=config.qkv_bias, **placed)
         self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS, **placed)
         expanded_rows = self.heads * (self.key_width + config.v_head_dim)
@@ -48,31 +49,31 @@ class LatentAttention(nn.Module):
 
     def forward(self, hidden: Tensor, span: Span) -> Tensor:
         """[B, S, D] to [B, S, D]. Expands keys and values when no token came before, else works on the latents."""
-        query, rotary_query = self._queries(hidden, span.rotations)
-        latent, rotary_key = self.kv_a_proj_with_mqa(hidden).split((self.rank, self.rotary_width), -1)
+        query, turning = self._queries(hidden).split_with_sizes((self.key_width, self.rotary_width), -1)
+        latent, key = self.kv_a_proj_with_mqa(hidden).split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
-        rotary_key = ops.rotary(rotary_key[:, :, None], span.rotations, self.interleaved)  # [B, S, 1, R]
+        # Queries' and keys' rotary channels turn together: half as many small operations.
+        turned = ops.rotary(torch.cat((turning, key[:, :, None]), 2), span.rotations, self.interleaved)
+        rotary_query, rotary_key = turned.split_with_sizes((self.heads, 1), 2)  # [B, S, H, R], [B, S, 1, R]
         if span.cache is not None:
             latents = span.cache.write(self.layer, torch.cat((latent, rotary_key[:, :, 0]), -1))
             if span.cache.length:
                 expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
                 out = ops.absorbed_attention(query, rotary_query, latents, expansion, self.scale, span.mask)
                 return self.o_proj(out.flatten(2))
-        expanded = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))  # [B, S, H, N + V]
-        key, value = expanded.split((self.key_width, expanded.shape[-1] - self.key_width), -1)
+        expanded = self.kv_b_proj(latent).view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + V]
+        key, value = expanded.split_with_sizes((self.key_width, self.value_width), -1)
         query = torch.cat((query, rotary_query), -1)
         key = torch.cat((key, rotary_key.expand(-1, -1, self.heads, -1)), -1)  # [B, S, H, N + R]
         out = ops.attention(query, key, value, self.scale, span.mask)
         return self.o_proj(out.flatten(2))
 
-    def _queries(self, hidden: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
+    def _queries(self, hidden: Tensor) -> Tensor:
         if self.compresses_queries:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
         else:
             query = self.q_proj(hidden)
-        query = query.unflatten(-1, (self.heads, -1))  # [B, S, H, N + R]
-        plain, turning = query.split((self.key_width, self.rotary_width), -1)
-        return plain, ops.rotary(turning, rotations, self.interleaved)
+        return query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
 
 
 class PlainAttention(nn.Module):
@@ -88,14 +89,16 @@ class PlainAttention(nn.Module):
         self.q_proj = Linear(width, query_rows, bias=config.qkv_bias, **placed)
         self.k_proj = Linear(width, key_rows, bias=config.qkv_bias, **placed)
         self.v_proj = Linear(width, key_rows, bias=config.qkv_bias, **placed)
-        self.q_norm = RMSNorm(query_rows, config.rms_norm_eps, **placed) if config.qk_norm else None
-        self.k_norm = RMSNorm(key_rows, config.rms_norm_eps, **placed) if config.qk_norm else None
+        self.normalises = config.qk_norm
+        if self.normalises:
+            self.q_norm = RMSNorm(query_rows, config.rms_norm_eps, **placed)
+            self.k_norm = RMSNorm(key_rows, config.rms_norm_eps, **placed)
         self.o_proj = Linear(query_rows, width, bias=config.output_bias, **placed)
 
     def forward(self, hidden: Tensor, span: Span) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
-        if self.q_norm is not None:
+        if self.normalises:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = self._turned(query, span.rotations), self._turned(key, span.rotations)
         if span.cache is not None:
@@ -106,4 +109,5 @@ class PlainAttention(nn.Module):
         return self.o_proj(out.flatten(2))
 
     def _turned(self, projected: Tensor, rotations: Tensor) -> Tensor:
-        return ops.rotary(projected.unflatten(-1, (-1, self.head_width)), rotations, self.interleaved)
+        heads = projected.view(*projected.shape[:2], -1, self.head_width)  # [B, S, H, Dq]
+        return ops.rotary(heads, rotations, self.interleaved)

@@ -30,14 +30,13 @@ class Cache:
                 f"{config.max_position_embeddings}"
             )
         self.batch, self.max_length, self.length = batch, max_length, 0
-        self._rows = torch.empty(
-            config.num_hidden_layers, batch, max_length, config.cache_width, device=device, dtype=dtype
-        )
+        shape = (batch, max_length, config.cache_width)
+        self._layers = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
 
     def write(self, layer: int, rows: Tensor) -> Tensor:
         """Store `rows` [B, S, width] behind what is filled; all rows up to and with them: [B, length + S, width]."""
         end = self.length + rows.shape[1]
-        stored = self._rows[layer]
+        stored = self._layers[layer]
         stored[:, self.length : end] = rows
         return stored[:, :end]
 

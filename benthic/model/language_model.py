@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, device, dtype)
+        self.model = Decoder(config, None if device is None else torch.device(device), dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
         self._rotations = RotaryTable(config)
@@ -95,7 +96,7 @@ class LanguageModel(nn.Module):
         embedded = self.model.embed_tokens(input_ids)  # [B, S, D]
         span = self._span(input_ids, documents, cache)
         hidden, routing = embedded, {}
-        for index, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
+        for index, layer in enumerate(islice(self.model.layers, self.config.num_hidden_layers)):
             hidden, chosen = layer(hidden, span)
             if chosen is not None:
                 routing[index] = chosen
@@ -108,7 +109,7 @@ class LanguageModel(nn.Module):
             before = predictions[-1] if predictions else hidden
             shorter = _shortened(span, depth)
             known = before[:, : len(shorter.rotations)]
-            state, chosen = self.model.layers[index].predict(embedded[:, depth:], known, shorter)
+            state, chosen = self.model.layers[index](embedded[:, depth:], known, shorter)
             predictions.append(state)
             if chosen is not None:
                 routing[index] = chosen

@@ -12,7 +12,7 @@ from benthic.model.primitive import Linear, RMSNorm
 from benthic.ops.route import Routing
 
 
-class DecoderLayer(nn.Module):
+class Layer(nn.Module):
     """Attention and feed-forward, each added to the residual stream; norms before the sublayer or after it (OLMo 2)."""
 
     def __init__(self, config: ModelConfig, layer: int, device: torch.device | None, dtype: torch.dtype) -> None:
@@ -31,7 +31,7 @@ class DecoderLayer(nn.Module):
         if not self.norm_first:
             self.post_feedforward_layernorm = RMSNorm(*norm)
 
-    def forward(self, hidden: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
+    def transform(self, hidden: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
         """[B, S, D] to [B, S, D], and the routing of a layer with experts."""
         if self.norm_first:
             hidden = hidden + self.self_attn(self.input_layernorm(hidden), span)
@@ -45,6 +45,14 @@ class DecoderLayer(nn.Module):
         return self.mlp(x) if isinstance(self.mlp, ExpertLayer) else (self.mlp(x), None)
 
 
+class DecoderLayer(Layer):
+    """One layer of the main model."""
+
+    def forward(self, hidden: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
+        """As `transform`."""
+        return self.transform(hidden, span)
+
+
 class SharedHead(nn.Module):
     """The norm before the head of a prediction layer; the head itself is the main model's."""
 
@@ -53,7 +61,7 @@ class SharedHead(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
 
 
-class PredictionLayer(DecoderLayer):
+class PredictionLayer(Layer):
     """Multi-token prediction (DeepSeek-V3, section 2.2): from the state at i and token i + k, the state that predicts
     token i + k + 1. The released weights take the embedding first, unlike the paper's equation 21."""
 
@@ -65,8 +73,8 @@ class PredictionLayer(DecoderLayer):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False, device=device, dtype=dtype)
         self.shared_head = SharedHead(config, device, dtype)
 
-    def predict(self, embedded: Tensor, hidden: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
+    def forward(self, embedded: Tensor, hidden: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
         """Embeddings of tokens i + k and states at i, both [B, S - k, D], to states after shared_head.norm."""
         joined = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
-        hidden, routing = self(joined, span)
+        hidden, routing = self.transform(joined, span)
         return self.shared_head.norm(hidden), routing

@@ -7,10 +7,12 @@ gradients before it is dropped: three products in all, as without chunks, and no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """A target that counts for nothing (torch's default)."""
@@ -30,7 +32,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tup
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -38,24 +40,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = max(1, _BLOCK_ELEMENTS.get(hidden.device.type, 1 << 27) // len(weight))
         for start in range(0, len(hidden), size):
             rows = hidden[start : start + size]
-            valid = targets[start : start + size, None] != IGNORED
+            counts = targets[start : start + size, None] != IGNORED  # [rows, 1]
             target = targets[start : start + size, None].clamp(min=0)
-            scores = F.log_softmax(torch.mm(rows, weight.t()), -1, dtype=torch.float32)  # [rows, V]
-            loss -= (scores.gather(1, target) * valid).sum()
+            logits = torch.mm(rows, weight.t())  # [rows, V]
+            grad = F.softmax(logits, -1, dtype=torch.float32)
+            # The likeliest class has at least probability 1 / V, so its logarithm is exact where others underflow.
+            log_sum = logits.amax(-1, keepdim=True) - grad.amax(-1, keepdim=True).log()
+            loss += ((log_sum - logits.gather(1, target)) * counts).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad = scores.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-            grad = grad.mul_(valid).type_as(hidden)
-            if needs_hidden:
-                torch.mm(grad, weight, out=grad_hidden[start : start + size])
-            if needs_weight:
-                _add_product(grad_weight, grad.t(), rows)
+            grad = grad.scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)).type_as(hidden)
+            # Ignored rows are cleared where they are D wide and not V.
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[start : start + size]).mul_(counts)
+            if grad_weight is not None:
+                _add_product(grad_weight, grad.t(), rows * counts)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.type_as(weight))
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (grad,) = grad_outputs
         return *(None if saved is None else saved * grad.type_as(saved) for saved in ctx.saved_tensors), None
 
 

@@ -41,7 +41,7 @@ def rotary(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
     """Rotate `x` [B, S, heads, R] by `table` complex64 [S, R / 2] in float32; channels keep their order and dtype."""
     table = table[:, None]
     if interleaved:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
     first, second = x.float().chunk(2, -1)
     turned = torch.complex(first, second) * table

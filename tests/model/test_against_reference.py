@@ -59,6 +59,15 @@ def test_both_forms_of_attention_and_every_way_to_fill_a_cache_agree(name):
         assert cache.length == 14
 
 
+def test_a_cache_may_be_used_while_gradients_are_recorded():
+    for name in ("v3", "grouped-query with biases"):
+        config = tiny(**CONFIGS[name])
+        model, ids = randomised(config), tokens(config, 2, 9)
+        cache = Cache(config, 2, 9)
+        logits = torch.cat([model(chunk, cache=cache).detach() for chunk in ids.split((4, 1, 4), 1)], 1)
+        assert_close(logits, forward(model.state_dict(), config, ids).logits, "model_fp32")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_equal_the_reference(name):
     config = tiny(**CONFIGS[name])

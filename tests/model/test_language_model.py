@@ -102,7 +102,7 @@ def test_what_a_cache_cannot_hold_is_refused():
 def test_a_cache_row_is_as_wide_as_the_config_says():
     for changes in CONFIGS.values():
         config = tiny(**changes)
-        assert Cache(config, 2, 5)._rows.shape == (3, 2, 5, config.cache_width)
+        assert [rows.shape for rows in Cache(config, 2, 5)._layers] == [(2, 5, config.cache_width)] * 3
 
 
 def test_routing_covers_every_expert_layer():

@@ -25,5 +25,5 @@ def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Te
             feed_forward(token, gate, up, down_proj[expert])
             for expert, (gate, up) in zip(chosen, gates_and_ups, strict=True)
         ]
-        rows.append(sum(w * output for w, output in zip(weight, outputs, strict=True)))
+        rows.append(torch.einsum("k,kd->d", weight, torch.stack(outputs)))
     return torch.stack(rows)

@@ -21,10 +21,10 @@ def prediction_loss(prediction_logits: list[Tensor], input_ids: Tensor, labels: 
     """
     losses = []
     for depth, logits in enumerate(prediction_logits, 1):
-        total = sum(
+        judged = [
             cross_entropy(logits[row, place][None], labels[row, place + depth][None])[0]
             for row in range(len(input_ids))
             for place in range(logits.shape[1])
-        )
-        losses.append(total / input_ids.numel())
+        ]
+        losses.append(torch.stack(judged).sum() / input_ids.numel())
     return losses

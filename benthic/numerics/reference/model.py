@@ -130,4 +130,5 @@ class _Network:
         return out.view_as(x)
 
     def _swiglu(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(self.tensors[f"{name}{part}_proj.weight"] for part in ("gate", "up", "down"))
+        gate, up, down = (self.tensors[f"{name}{part}_proj.weight"] for part in ("gate", "up", "down"))
+        return gate, up, down

@@ -30,8 +30,9 @@ def inverse_frequencies(rope: RopeParameters, width: int) -> Tensor:
 def _yarn(rope: RopeParameters, width: int, frequency: Tensor) -> Tensor:
     """YaRN (arXiv:2309.00071, section 3.2): fast pairs keep their frequency, slow ones are divided by the factor."""
 
+    original = _original_length(rope)
+
     def pair_turning(turns: float) -> float:
-        original = rope.original_max_position_embeddings
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
@@ -47,10 +48,15 @@ def _yarn(rope: RopeParameters, width: int, frequency: Tensor) -> Tensor:
 
 def _llama3(rope: RopeParameters, frequency: Tensor) -> Tensor:
     """Llama 3.1: wavelengths above original/low_freq_factor are divided by the factor, between the two blended."""
-    original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    original, low, high = _original_length(rope), rope.low_freq_factor, rope.high_freq_factor
     turns = original * frequency / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return frequency * keep + frequency / rope.factor * (1 - keep)
+
+
+def _original_length(rope: RopeParameters) -> int:
+    assert rope.original_max_position_embeddings is not None, f"RopeParameters checks it for {rope.rope_type}"
+    return rope.original_max_position_embeddings
 
 
 def rotation(rope: RopeParameters, width: int, positions: Tensor) -> tuple[Tensor, Tensor]:
