@@ -41,9 +41,10 @@ def layer_traffic(config: ModelConfig, layer: int, precision: TrainingPrecision)
 
 
 def loss_traffic(config: ModelConfig, precision: TrainingPrecision) -> float:
-    """Bytes a token of one head's loss: logits written; log-softmax, exp, mask; the gradient in the computing dtype."""
+    """Bytes a token of one head's loss: logits written, softmax, both read for their largest; to float32 and back."""
     b = element_bytes(precision)
-    return config.vocab_size * (b + (b + 4) + 8 + 8 + (4 + b))
+    casts = 0 if precision == "fp32" else 2 * (b + 4)
+    return config.vocab_size * (b + (4 + 4) + (b + 4) + casts)
 
 
 def update_bytes(precision: TrainingPrecision) -> float:
@@ -70,9 +71,11 @@ def _latent(config: ModelConfig, b: int) -> Iterator[Traffic]:
     yield Traffic("attention", "rotation", rotation, rotation, "expanded")
     query = heads * config.query_head_dim
     expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
-    # Query and key are joined from two parts; backward joins the gradients of what was split, and sums the shared
-    # rotary key over heads.
-    yield Traffic("attention", "joins", 2 * 2 * b * query, 2 * b * (query + expanded) + b * heads * turned, "expanded")
+    # What rotates is joined, and query and key from two parts each; backward joins the gradients of what was split,
+    # and sums the shared rotary key over heads.
+    joins = 2 * b * (heads + 1) * turned
+    backward = joins + 2 * b * (query + expanded) + b * heads * turned
+    yield Traffic("attention", "joins", joins + 2 * 2 * b * query, backward, "expanded")
 
 
 def _plain(config: ModelConfig, b: int) -> Iterator[Traffic]:
