@@ -43,6 +43,9 @@ def layer_traffic(config: ModelConfig, layer: int, precision: TrainingPrecision)
 def loss_traffic(config: ModelConfig, precision: TrainingPrecision) -> float:
     """Bytes a token of one head's loss: logits written, softmax, both read for their largest; to float32 and back."""
     b = element_bytes(precision)
+    if precision == "fp8":
+        # As one fused kernel: logits written, read twice, the gradient written over them.
+        return config.vocab_size * 4 * b
     casts = 0 if precision == "fp32" else 2 * (b + 4)
     return config.vocab_size * (b + (4 + 4) + (b + 4) + casts)
 
