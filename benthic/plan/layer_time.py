@@ -76,7 +76,7 @@ def layer_pieces(
     ]
     arithmetic = [replace(piece, seconds=piece.seconds / layout.tensor) for piece in arithmetic]
     if overheads.memory_share is None:
-        moving = _plain_traffic(config, training, device, layout, layer)
+        moving = [*_plain_traffic(config, training, device, layout, layer), *_casts(forward, device, layout)]
     else:
         moving = _shared_traffic(arithmetic, overheads.memory_share)
     return [*arithmetic, *moving, *_exchange(config, training, device, layout, layer, overheads)]
@@ -174,6 +174,14 @@ def _plain_traffic(
     elements = layer_holding(config, layout, layer).elements
     found.append(Piece("memory-bound", "weight", elements * accumulation_bytes(training.precision) / bandwidth))
     return found
+
+
+def _casts(forward: Iterable[Operation], device: Device, layout: ParallelConfig) -> list[Piece]:
+    """FP8 products: inputs are cast (3 B an element) and turned for the weight gradient (2 B); gradients of outputs
+    are cast both ways (4 B). Inputs and outputs are taken to be equally wide."""
+    elements = sum(one.count * one.activation_bytes / BF16_ELEMENT for one in forward if one.precision == "fp8")
+    seconds = elements / 2 / layout.tensor / device.memory_bandwidth.value
+    return [Piece("memory-bound", "forward", 3 * seconds), Piece("memory-bound", "backward", 6 * seconds)]
 
 
 def _exchange(
