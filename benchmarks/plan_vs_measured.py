@@ -39,6 +39,7 @@ from benthic.errors import NumericsError  # noqa: E402
 from benthic.model import LanguageModel  # noqa: E402
 from benthic.plan.activations import layer_activations  # noqa: E402
 from benthic.plan.devices import DEVICES, Device, Rate  # noqa: E402
+from benthic.plan.layer_time import attention_backward_products  # noqa: E402
 from benthic.plan.memory import TrainingMemory, training_memory  # noqa: E402
 from benthic.plan.training import Training  # noqa: E402
 from benthic.plan.training_time import StepTime, step_time  # noqa: E402
@@ -193,7 +194,9 @@ def _attention_rates(training: Training, config: ModelConfig) -> dict:
     flops = shape[0] * shape[1] ** 2 * heads * widths
     return {
         ("attention", "bf16"): Rate(flops / forward, "this run, the setting's shapes"),
-        ("attention_backward", "bf16"): Rate(2.6 * flops / backward, "this run, the setting's shapes"),
+        ("attention_backward", "bf16"): Rate(
+            attention_backward_products(config) * flops / backward, "this run, the setting's shapes"
+        ),
     }
 
 
