@@ -13,7 +13,7 @@ rows of blocks, so that it needs little memory beside its result.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float8e4m3fn, Float32
+from jaxtyping import Float, Float8e4m3fn, Float32, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -53,7 +53,7 @@ def _quantise_band(band: Tensor, width: int, power_of_two: bool) -> tuple[Tensor
 
 def dequantise_blocks(
     values: Float[Tensor, "rows columns"],
-    scale_inv: Float[Tensor, "row_blocks column_blocks"],
+    scale_inv: Shaped[Tensor, "row_blocks column_blocks"],
     block: tuple[int, int] = BLOCK,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "rows columns"]:
