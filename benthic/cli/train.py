@@ -107,10 +107,10 @@ def outline(config: TrainConfig) -> str:
     count, tokens = count_parameters(model), planned_tokens(config)
     flops = training_flops_per_token(model, length, include_mtp=True)
     # float32 masters, gradients and two moments; bfloat16 weights come on top where matrices are multiplied in them.
-    state_bytes = count.total * (16 + (2 if config.precision.compute == "bfloat16" else 0))
+    state_bytes = (count.total + count.mtp_unique) * (16 + (2 if config.precision.compute == "bfloat16" else 0))
     rows = {
         "run": config.name,
-        "parameters": f"{count.total:,} ({count.active:,} active for a token)",
+        "parameters": f"{count.total:,}, {count.active:,} active for a token; {count.mtp_unique:,} more predict ahead",
         "updates": f"{config.steps:,}",
         "tokens": f"{tokens:,}",
         "FLOPs a token": f"{flops:.3e}",

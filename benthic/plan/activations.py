@@ -72,38 +72,41 @@ def layer_activations(
     Recomputation "up_projections" drops norm outputs, what is expanded from latents, and SwiGLU's products
     (DeepSeek-V3 report, 3.2.3); "attention" the attention block; "layer" all but the layer's input.
     """
-    return _layer_activations(config, config.is_expert_layer(layer), precision, recomputation, rows)
+    kind = (config.is_expert_layer(layer), layer >= config.num_hidden_layers)
+    return _layer_activations(config, kind, precision, recomputation, rows)
 
 
 @lru_cache(maxsize=64)
 def _layer_activations(
-    config: ModelConfig, experts: bool, precision: TrainingPrecision, recomputation: Recomputation, rows: float
+    config: ModelConfig,
+    kind: tuple[bool, bool],
+    precision: TrainingPrecision,
+    recomputation: Recomputation,
+    rows: float,
 ) -> tuple[Saved, ...]:
-    everything = (*_attention(config, precision), *_feed_forward(config, experts, precision, rows))
+    experts, predicts = kind
+    everything = [*_attention(config, precision, predicts), *_feed_forward(config, experts, precision, rows)]
+    if predicts:
+        everything += _prediction(config, precision)
     return tuple(one for one in everything if one.role not in DROPPED_ROLES[recomputation])
 
 
-def prediction_activations(
-    config: ModelConfig, precision: TrainingPrecision, recomputation: Recomputation
-) -> Iterator[Saved]:
-    """What a prediction layer keeps of one token besides its decoder layer: two norms, the joined input, a last norm.
-
-    The embedding is kept by the first layer already. Under recomputation of layers these stay.
-    """
+def _prediction(config: ModelConfig, precision: TrainingPrecision) -> Iterator[Saved]:
+    """Besides its decoder layer: two norms, the states they join, a last norm. The embedding is the first layer's."""
     width, size = config.hidden_size, element_bytes(precision)
-    yield Saved("prediction", "prediction: state before", width * size)
-    yield Saved("prediction", "prediction: 1 / rms", 3 * 4)
-    if recomputation != "up_projections":
-        yield Saved("prediction", "prediction: joined norms", 2 * width * size)
+    yield Saved("prediction", "prediction: state before", width * size, "input")
+    yield Saved("prediction", "prediction: 1 / rms", 3 * 4, "norm")
+    yield Saved("prediction", "prediction: joined norms", 2 * width * size, "norm")
     yield Saved("prediction", "prediction: state after", width * size)
 
 
-def _attention(config: ModelConfig, precision: TrainingPrecision) -> Iterator[Saved]:
+def _attention(config: ModelConfig, precision: TrainingPrecision, predicts: bool) -> Iterator[Saved]:
     width, size = config.hidden_size, element_bytes(precision)
     matrix_input = FP8_ELEMENT if precision == "fp8" else size
     attention_output = E5M6_ELEMENT if precision == "fp8" else size
     heads, value = config.num_attention_heads, config.value_head_dim
-    yield Saved("attention", "layer input", width * size, "input")
+    # A prediction layer's own input is the state before; what its decoder layer reads can be computed again.
+    yield Saved("attention", "layer input", width * size, "other" if predicts else "input")
     yield _other_side(config, "attention", "attention norm", width, size, matrix_input)
     yield Saved("attention", "attention norm: 1 / rms", 4, "norm")
     yield from (_latent_inputs if config.kv_lora_rank else _plain_inputs)(config, precision, size, matrix_input)
@@ -137,8 +140,7 @@ def _latent_inputs(
     expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
     yield Saved("attention", "keys and values from the latent", expanded * size, "expanded")
     if not config.rope_interleave and precision != "fp8":
-        turning = heads * config.query_head_dim if precision == "fp32" else (heads + 1) * turned
-        yield Saved("attention", "halves to rotate in float32", turning * 4, "expanded")
+        yield Saved("attention", "halves to rotate in float32", (heads + 1) * turned * 4, "expanded")
 
 
 def _plain_inputs(config: ModelConfig, precision: TrainingPrecision, size: int, matrix_input: float) -> Iterator[Saved]:

@@ -1,7 +1,7 @@
 """The moments of a training step on one rank, in order, as the trainer's plain path takes them.
 
 Forward: each layer adds what it keeps; the experts' weighted sum needs the most beside it. Loss: blocks of logits,
-their log-softmax, and the head's gradient in float32. Backward: layers in reverse free what they kept, while weight
+their softmax, and the head's gradient in float32. Backward: layers in reverse free what they kept, while weight
 gradients appear in the computing dtype and are added to the float32 ones (train/optimizer.py). Workspaces are those
 of single operations as autograd runs them: the largest arrays alive between two kernels. A test records the
 allocations of real steps and finds the same highest moment.
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
-from benthic.plan.activations import Block, Saved, element_bytes, layer_activations, prediction_activations
+from benthic.plan.activations import Block, Saved, element_bytes, layer_activations
 from benthic.plan.holdings import Holding, Rank
 from benthic.plan.ledger import Group, Ledger
 from benthic.plan.pipeline import chunks_in_flight
@@ -61,8 +61,6 @@ class Playback:
         kept = layer_activations(self.config, layer, precision, recomputation, self.rows)
         full = layer_activations(self.config, layer, precision, "none", self.rows)
         again = [one for one in full if one not in kept]
-        if layer >= self.config.num_hidden_layers:
-            kept = (*prediction_activations(self.config, precision, recomputation), *kept)
         return _grouped(kept), _grouped(again)
 
     def play(self) -> None:
@@ -134,13 +132,12 @@ class Playback:
         hold, moment = self.ledger.hold, self.ledger.moment
         hold("activations", "loss: gradient of the states", self.width * size * self.tokens)
         states = self.width * size * self.tokens
-        # Logits, the same in float32, and their log-softmax; from the second block on, the block before is still
-        # referred to.
+        # Logits, the same in float32, and their softmax; from the second block on, the gradient of the one before.
         logits = 8 if self.training.precision == "fp32" else size + 8
-        before = (size + 4) * block * (all_tokens > rows)
+        before = size * block * (all_tokens > rows)
         moment(what, logits=logits * block + before, head_gradient=4 * weight, final_states=states)
         product = 0 if self.training.precision == "fp32" else size * weight
-        moment(what, logits=(size + 4) * block, head_gradient=4 * weight + product, final_states=states)
+        moment(what, logits=2 * size * block, head_gradient=4 * weight + product, final_states=states)
         hold("activations", "loss: gradient of the head", size * weight)
 
     def _backward(self) -> None:

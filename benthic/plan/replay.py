@@ -49,6 +49,7 @@ ASSUMPTIONS = (
     "layers dealt to stages so that the slowest is as fast as it can be, the heads with the last layer",
     f"the fullest expert rank gets {IMBALANCE:.0%} more than the mean (the trace itself is perfectly balanced)",
     f"memory-bound work takes {MEMORY_SHARE:.1%} of compute time, as in the trace",
+    "both heads' losses are fused kernels that pass over the logits four times in bf16",
     "gradients and weights are exchanged once a step without overlap, at 50 GB/s",
     f"the batch grows in {RAMP_PHASES} equal steps of tokens",
     "every step runs at the trace's clock; no failures, restarts, evaluation or checkpoints",

@@ -33,15 +33,21 @@ def layer_traffic(config: ModelConfig, layer: int, precision: TrainingPrecision)
     norm = Traffic("attention", "norm", 2 * b * width, 5 * b * width, "norm")
     residual = Traffic("attention", "residual sum", 3 * b * width, 3 * b * width)
     attention = _latent(config, b) if config.kv_lora_rank else _plain(config, b)
-    feed_forward = _experts(config, b) if config.is_expert_layer(layer) else _gated(config.intermediate_size, b)
+    feed_forward = (
+        _experts(config, precision, b) if config.is_expert_layer(layer) else _gated(config.intermediate_size, b)
+    )
     second = [Traffic("feed_forward", one.name, one.forward, one.backward, one.role) for one in (norm, residual)]
     return [norm, residual, *attention, *second, *feed_forward]
 
 
 def loss_traffic(config: ModelConfig, precision: TrainingPrecision) -> float:
-    """Bytes a token of one head's loss: logits written; log-softmax, exp, mask; the gradient in the computing dtype."""
+    """Bytes a token of one head's loss: logits written, softmax, both read for their largest; to float32 and back."""
     b = element_bytes(precision)
-    return config.vocab_size * (b + (b + 4) + 8 + 8 + (4 + b))
+    if precision == "fp8":
+        # As one fused kernel: logits written, read twice, the gradient written over them.
+        return config.vocab_size * 4 * b
+    casts = 0 if precision == "fp32" else 2 * (b + 4)
+    return config.vocab_size * (b + (4 + 4) + (b + 4) + casts)
 
 
 def update_bytes(precision: TrainingPrecision) -> float:
@@ -68,9 +74,11 @@ def _latent(config: ModelConfig, b: int) -> Iterator[Traffic]:
     yield Traffic("attention", "rotation", rotation, rotation, "expanded")
     query = heads * config.query_head_dim
     expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
-    # Query and key are joined from two parts; backward joins the gradients of what was split, and sums the shared
-    # rotary key over heads.
-    yield Traffic("attention", "joins", 2 * 2 * b * query, 2 * b * (query + expanded) + b * heads * turned, "expanded")
+    # What rotates is joined, and query and key from two parts each; backward joins the gradients of what was split,
+    # and sums the shared rotary key over heads.
+    joins = 2 * b * (heads + 1) * turned
+    backward = joins + 2 * b * (query + expanded) + b * heads * turned
+    yield Traffic("attention", "joins", joins + 2 * 2 * b * query, backward, "expanded")
 
 
 def _plain(config: ModelConfig, b: int) -> Iterator[Traffic]:
@@ -87,7 +95,7 @@ def _gated(inner: float, b: int) -> Iterator[Traffic]:
     yield Traffic("feed_forward", "silu(gate) * up", 5 * b * inner, 9 * b * inner, "gated")
 
 
-def _experts(config: ModelConfig, b: int) -> Iterator[Traffic]:
+def _experts(config: ModelConfig, precision: TrainingPrecision, b: int) -> Iterator[Traffic]:
     width, chosen = config.hidden_size, config.num_experts_per_tok
     rows, inner = chosen * width, chosen * config.moe_intermediate_size
     # Tokens in float32 for the router, and back; its gradient joins the other.
@@ -97,9 +105,13 @@ def _experts(config: ModelConfig, b: int) -> Iterator[Traffic]:
     # Backward joins the gradients of gate and up.
     yield Traffic("feed_forward", "split gate and up", 0, 4 * b * inner)
     yield Traffic("feed_forward", "rows back", 2 * b * rows, 4 * b * rows)
-    # Weighted sum in float32; backward: rows' gradient, the product for the weights' gradient, and its sum.
-    wide = (b + 4) * rows
-    yield Traffic("feed_forward", "weighted sum", wide + 8 * rows + 4 * rows + 8 * width, wide + 4 * rows + 12 * rows)
+    if precision == "fp8":
+        # The experts' products were weighted before down_proj: rows are summed as they are.
+        yield Traffic("feed_forward", "sum of rows", b * (rows + width), b * (rows + width))
+    else:
+        # In float32; backward: the rows' gradient, the product for the weights' gradient, and its sum.
+        wide = (b + 4) * rows
+        yield Traffic("feed_forward", "weighted sum", wide + 12 * rows + 8 * width, wide + 16 * rows)
     if config.n_shared_experts:
         yield from _gated(config.n_shared_experts * config.moe_intermediate_size, b)
         yield Traffic("feed_forward", "sum with shared expert", 3 * b * width, 3 * b * width)

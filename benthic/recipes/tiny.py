@@ -36,7 +36,7 @@ def tiny() -> TrainConfig:
             )
         ),
         batch=BatchConfig(sequences=8, micro_sequences=8),
-        balance=BalanceConfig(speed=Schedule(peak=1e-2)),
+        balance=BalanceConfig(speed=Schedule(peak=2e-2)),
         evaluation=EvaluationConfig(every=100, max_tokens=20_000, micro_sequences=8),
         checkpoint=CheckpointConfig(every=100),
         logging=LoggingConfig(every=10, routing_every=50),

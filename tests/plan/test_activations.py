@@ -8,7 +8,7 @@ import torch
 from benthic.config import ModelConfig
 from benthic.model import LanguageModel, initialise
 from benthic.ops import linear_cross_entropy
-from benthic.plan.activations import layer_activations, prediction_activations
+from benthic.plan.activations import layer_activations
 from tests.plan.gpu_path import SHAPES, take_gpu_path
 
 LENGTH, SEQUENCES = 48, 2
@@ -50,8 +50,6 @@ def predicted_bytes(config: ModelConfig, dtype: torch.dtype) -> float:
     per_token = 8.0 + config.hidden_size * size + 4
     for layer in range(layers):
         per_token += sum(one.bytes for one in layer_activations(config, layer, precision, "none"))
-        if layer >= config.num_hidden_layers:
-            per_token += sum(one.bytes for one in prediction_activations(config, precision, "none"))
     heads = 1 + config.num_nextn_predict_layers
     loss = heads * size * (config.hidden_size * TOKENS + config.vocab_size * config.hidden_size)
     expert_layers = sum(config.is_expert_layer(layer) for layer in range(layers))

@@ -50,6 +50,11 @@ STEPS = {
     "experts, activations above all": (WIDE | dict(q_lora_rank=None, n_shared_experts=2), Training(512, 2), 27),
     "experts, layers recomputed": (WIDE, Training(512, 2, recomputation="layer"), 27),
     "prediction layer": (WIDE | dict(num_nextn_predict_layers=1, num_hidden_layers=2), Training(256, 2), 27),
+    "prediction layer, recomputed": (
+        WIDE | dict(num_nextn_predict_layers=1, num_hidden_layers=2),
+        Training(512, 2, recomputation="layer"),
+        27,
+    ),
     "few tokens, many experts": (WIDE | dict(n_routed_experts=32), Training(32), 27),
     "gradients of micro-batches before": (WIDE, Training(256, 2, micro_batches=3), 27),
     "dense": (PLAIN | LONG | dict(hidden_size=256, intermediate_size=700), Training(512, 2), 27),

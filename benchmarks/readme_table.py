@@ -1,0 +1,104 @@
+"""The README's table of measured numbers, from benchmarks/results/*.json.
+
+    python benchmarks/readme_table.py            prints it
+    python benchmarks/readme_table.py --write    puts it between the README's markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- results -->", "<!-- /results -->"
+HEADER = ["| what | benthic | beside it | ratio | measured on | commit |", "|---|---|---|---|---|---|"]
+
+
+def rows() -> Iterator[str]:
+    """Markdown rows of every result, by file name."""
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        yield from ROWS[result["name"]](result)
+
+
+def _train(result: dict[str, Any]) -> Iterator[str]:
+    work, machine = result["workload"], result["machine"]
+    where = f"{machine['cores']} CPU cores ({machine['processor'].split(' (')[0]}), torch {machine['versions']['torch']}"
+    peer = f"transformers {machine['versions']['transformers']}"
+    parts = (
+        ("training", f"training step, {work['preset']}, {work['batch']} x {work['sequence_length']}, {work['dtype']}"),
+        ("decoding", f"greedy decoding with a cache, {work['preset']}, batch 1, {work['dtype']}"),
+    )
+    for part, what in parts:
+        speed, ratio = result[part]["speed"], result[part]["times_transformers"]
+        yield _row(
+            what,
+            f"{speed['benthic']['median']:,.0f} tokens/s",
+            f"{peer}: {speed['transformers']['median']:,.0f}",
+            f"{ratio['median']:.2f} ({ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f})",
+            where,
+            machine["commit"],
+        )
+
+
+def _plan_vs_measured(result: dict[str, Any]) -> Iterator[str]:
+    machine = result["machine"]
+    where = f"{machine['gpu']}, torch {machine['versions']['torch']}"
+    for row in result["rows"]:
+        if "measured" not in row:
+            continue
+        memory, seconds = row["measured"]["allocated_bytes"] / 2**30, row["measured"]["step_seconds"]["median"]
+        yield _row(
+            f"planned memory of a training step: {row['setting']}",
+            f"{row['predicted_bytes'] / 2**30:.2f} GiB planned",
+            f"{memory:.2f} GiB measured",
+            f"{row['memory_ratio']:.3f}",
+            where,
+            machine["commit"],
+        )
+        yield _row(
+            f"planned time of a training step: {row['setting']}",
+            f"{row['predicted_seconds_from_device_file'] * 1e3:.0f} ms planned",
+            f"{seconds * 1e3:.0f} ms measured",
+            f"{row['time_ratio_from_device_file']:.3f}",
+            where,
+            machine["commit"],
+        )
+
+
+ROWS = {"train": _train, "plan_vs_measured": _plan_vs_measured}
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table() -> str:
+    """The whole table."""
+    return "\n".join([*HEADER, *rows()])
+
+
+def readme_with(text: str, content: str) -> str:
+    """`text` with `content` between the markers."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{content}\n{END}{after}"
+
+
+def main() -> None:
+    """Print the table, or write it into the README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="update README.md")
+    if parser.parse_args().write:
+        readme = ROOT / "README.md"
+        readme.write_text(readme_with(readme.read_text(), table()))
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()
