@@ -8,13 +8,16 @@ softmax + group_limited     DeepSeek-V2, section 2.2.2: groups by their best
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from benthic.config.model import ModelConfig
 
 
-def route(logits: Tensor, bias: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [T, E], experts int64 [T, K] best first, and weights [T, K] of router `logits` [T, E]."""
+def route(
+    logits: Float[Tensor, "tokens experts"], bias: Float32[Tensor, " experts"] | None, config: ModelConfig
+) -> tuple[Float[Tensor, "tokens experts"], Int64[Tensor, "tokens chosen"], Float[Tensor, "tokens chosen"]]:
+    """Scores, experts best first, and weights of router `logits`."""
     scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
     biased = scores if bias is None else scores + bias
     experts = torch.tensor([_choose(row, config) for row in biased.tolist()])
