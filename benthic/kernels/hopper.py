@@ -72,9 +72,13 @@ def store_rows(accumulator, result_descriptor, result, buffer, row, column, end,
 
     A whole tile goes through the copy engine and drains while the next tile is multiplied; a tile that `end` cuts is
     written with a mask, because the rows below belong to the next group. `PENDING` stores of this warpgroup may still
-    be reading other buffers.
+    be reading other buffers; a tile that the copy engine does not write waits for all of them, so that they can be
+    told apart by counting.
     """
-    tma.store_wait(PENDING)
+    if row + 64 <= end:
+        tma.store_wait(PENDING)
+    else:
+        tma.store_wait(0)
     gl.thread_barrier()
     buffer.store(accumulator.to(result.dtype.element_ty))
     fence_async_shared()

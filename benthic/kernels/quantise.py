@@ -4,7 +4,7 @@
     quantise_columns    128 x 1 down a group     the same tensors, transposed, contracted over tokens (weight gradients)
     quantise_weights    128 x 128                expert weights; with_transpose adds the input gradient's copy
 
-Every block stores values and one fp32 scale, `scale = max(amax / 448, 2^-126)`, 1 for a block of zeros, and
+Every block stores values and one fp32 scale, `scale = max(amax * (1 / 448), 2^-126)`, 1 for a block of zeros, and
 `value = x * (1 / scale)`; `power_of_two` rounds scales up to powers of two. Memory sets the pace: 3 bytes an element.
 """
 
@@ -104,7 +104,7 @@ def _matrix(x: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def _scale(amax, POWER_OF_TWO: tl.constexpr):
-    scale = tl.maximum(tl.math.div_rn(amax, 448.0), 1.1754943508222875e-38)
+    scale = tl.maximum(amax * (1.0 / 448.0), 1.1754943508222875e-38)
     if POWER_OF_TWO:  # rounding the mantissa up carries into the exponent: exact, no logarithm
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(amax == 0, 1.0, scale)
@@ -164,7 +164,7 @@ def _columns(x, ends, values, scales, C, P, E, POWER_OF_TWO: gl.constexpr, GROUP
         inside = (t < end)[:, None] & (c < C)[None, :]
         loaded = gl.load(x + t[:, None].to(gl.int64) * C + c[None, :], mask=inside, other=0.0).to(gl.float32)
         amax = gl.max(gl.abs(loaded), 0)
-        scale = gl.maximum(gl.div_rn(amax, 448.0), 1.1754943508222875e-38)
+        scale = gl.maximum(amax * (1.0 / 448.0), 1.1754943508222875e-38)
         if POWER_OF_TWO:
             scale = ((scale.to(gl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(gl.float32, bitcast=True)
         scale = gl.where(amax == 0, 1.0, scale)

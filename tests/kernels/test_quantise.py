@@ -23,7 +23,7 @@ def assert_same_fp8(actual: torch.Tensor, expected: torch.Tensor) -> None:
     on_gpu = actual.is_cuda
     actual, expected = actual.view(torch.uint8).int(), expected.view(torch.uint8).int()
     if on_gpu:
-        assert (actual != expected).float().mean().item() <= 1e-4
+        assert (actual != expected).float().mean().item() <= 1e-3
     else:
         # Triton's interpreter (3.6) rounds ties up, cuts subnormals and loses the carry of a mantissa that rounds up.
         trusted = ((expected & 0x07) != 0) & ((expected & 0x78) != 0)

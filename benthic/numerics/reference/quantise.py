@@ -72,8 +72,7 @@ def group_blocks(ends: Tensor) -> list[tuple[int, int, slice]]:
 
 
 def _scale(amax: Tensor, power_of_two: bool) -> Tensor:
-    # A tensor divisor: with a number, torch multiplies by the rounded reciprocal on the GPU.
-    scale = (amax / torch.full_like(amax, 448.0)).clamp(min=2.0**-126)
+    scale = (amax * (1 / 448)).clamp(min=2.0**-126)
     if power_of_two:
         scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return torch.where(amax == 0, 1.0, scale)
