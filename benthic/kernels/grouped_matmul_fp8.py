@@ -3,7 +3,10 @@
 The tile is 128 x 256 with K in steps of 128: 171 FLOP for each byte from L2, few enough bytes to do without
 multicast. A consumer warpgroup owns 64 x 256 of it as two halves of 128 columns. The halves share one accumulator of
 the tensor cores (64 registers): it is passed to the next wgmma as the operand that `use_acc=False` ignores, so that the
-compiler must finish the promotion of one half before it reuses the registers, and needs no spill (docs/kernels-fp8.md).
+compiler must finish the promotion of one half before it reuses the registers, and needs no spill.
+
+The two consumers take turns to issue: the tensor cores then work through one's products while the other promotes. Left
+to themselves they fall into step, and both promote while the tensor cores wait: 4% slower (docs/kernels-fp8.md).
 """
 
 import torch
@@ -23,8 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from benthic.kernels.hopper import descriptor, multiprocessors, next_stage, require, require_fp8, store_rows
 
 TILE = (128, 256)
-STAGES, BUFFERS = 4, 1
-"""48 KiB a stage, 32 KiB for each buffer of both warpgroups: all but 200 bytes of the 227 KiB there are."""
+STAGES, BUFFERS = 3, 2
+"""48.6 KiB a stage and 32 KiB for a result buffer of both warpgroups. A fourth stage in place of the second buffer is
+1.5% slower."""
 
 
 def grouped_matmul_fp8(values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, ends: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E,
+    result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, turns, ends, E,
     HALF: gl.constexpr, N: gl.constexpr, K_BLOCKS: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
@@ -142,6 +146,7 @@ def _consume(
     group, first_tile, start, end = _find_group(tile, group, first_tile, start, end, ends, E, COLUMN_TILES, TILE_M)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
+    turn = gl.to_tensor(1 - HALF)  # the phase to wait for: the first consumer's first turn is free
     product = gl.zeros([64, 128], gl.float32, FRAGMENT)  # always overwritten; carried so that its registers are reused
     while group < E:
         row, column = _position(tile - first_tile, start, end, COLUMN_TILES, TILE_M)
@@ -155,13 +160,19 @@ def _consume(
             b = b_ring.index(stage)
             b_left = b.slice(0, 128, dim=0).permute((1, 0))
             b_right = b.slice(128, 128, dim=0).permute((1, 0))
+            mbarrier.wait(turns.index(HALF), turn)
+            turn ^= 1
             product = warpgroup_mma(a, b_left, product, use_acc=False, is_async=True)
+            mbarrier.arrive(turns.index(1 - HALF), count=1)
             a_scale = a_scale_ring.index(stage).slice(HALF * 64, 64).load(ROWS)
             left_scale = a_scale * b_scale_ring.index(stage).slice(0, 1).load(ROWS)
             right_scale = a_scale * b_scale_ring.index(stage).slice(1, 1).load(ROWS)
             product = warpgroup_mma_wait(0, deps=(product,))
             left += product * left_scale[:, None]
+            mbarrier.wait(turns.index(HALF), turn)
+            turn ^= 1
             product = warpgroup_mma(a, b_right, product, use_acc=False, is_async=True)
+            mbarrier.arrive(turns.index(1 - HALF), count=1)
             product = warpgroup_mma_wait(0, deps=(product,))
             mbarrier.arrive(empty.index(stage), count=1)
             right += product * right_scale[:, None]
@@ -187,15 +198,18 @@ def _kernel(
     buffers = gl.allocate_shared_memory(gl.bfloat16, [2 * BUFFERS, 64, 128], result_descriptor.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=33)  # the copy engine's bytes, and each producer lane's scales
         mbarrier.init(empty.index(i), count=2)  # both consumers
     fence_async_shared()
     gl.warp_specialize([
-        (_consume, (result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends,
-                    E, 0, N, K_BLOCKS, TILE_M, TILE_N, STAGES, BUFFERS)),
-        (_consume, (result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends,
-                    E, 1, N, K_BLOCKS, TILE_M, TILE_N, STAGES, BUFFERS)),
+        (_consume, (result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, turns,
+                    ends, E, 0, N, K_BLOCKS, TILE_M, TILE_N, STAGES, BUFFERS)),
+        (_consume, (result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, turns,
+                    ends, E, 1, N, K_BLOCKS, TILE_M, TILE_N, STAGES, BUFFERS)),
         (_produce, (a, b, a_scales, b_scales, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E, T,
                     N, K_BLOCKS, TILE_M, TILE_N, STAGES)),
     ], [4, 1], [232, 40])  # fmt: skip
