@@ -7,7 +7,7 @@ are regrouped as `expert` ranks, and what is left over holds copies of the same 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -65,7 +65,7 @@ class ParallelConfig(Settings):
     @classmethod
     def parse(cls, text: str) -> ParallelConfig:
         """A layout written as "pp=16,schedule=dualpipe,fsdp=128,zero=1,ep=64"; long names work as well."""
-        values: dict[str, str] = {}
+        values: dict[str, Any] = {}
         names = [*cls.model_fields, *_SHORT_NAMES]
         for item in filter(None, (part.strip() for part in text.split(","))):
             name, equals, value = (part.strip() for part in item.partition("="))

@@ -36,9 +36,6 @@ from benthic.plan.training import Training
 OVERLAP_STALL = 129.0 / 124.0 - 1
 """What an overlapped forward and backward pair takes beyond its computation: 129.0 ms with 124 ms of busy compute
 stream in DeepSeek's published trace (profile-data, train.json)."""
-ATTENTION_BACKWARD = 1.3
-"""Attention's backward as computed, over the two forwards that model FLOPs count: for widths 192 and 128 the five
-products take (3 x 192 + 2 x 128) / (192 + 128) = 2.6 forwards. Its measured rates are counted so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,7 @@ def layer_pieces(
     arithmetic = [
         *_timed(forward, device, "forward"),
         *_timed(again, device, "backward"),
-        *_timed(backward_operations(forward), device, "backward"),
+        *_timed(_as_computed(config, backward_operations(forward)), device, "backward"),
     ]
     arithmetic = [replace(piece, seconds=piece.seconds / layout.tensor) for piece in arithmetic]
     if overheads.memory_share is None:
@@ -137,18 +134,29 @@ def _on_rank(operation: Operation, training: Training, layout: ParallelConfig) -
     return operation
 
 
+def attention_backward_products(config: ModelConfig) -> float:
+    """FLOPs of attention's backward as computed, over those of its forward: five products of which three have the
+    query's width, 2.6 for widths 192 and 128. Measured rates are counted so; model FLOPs count 2."""
+    query, value = config.query_head_dim, config.value_head_dim
+    return (3 * query + 2 * value) / (query + value)
+
+
+def _as_computed(config: ModelConfig, backward: Iterable[Operation]) -> list[Operation]:
+    factor = attention_backward_products(config) / 2
+    return [replace(one, flops=one.flops * factor) if one.work == "attention_backward" else one for one in backward]
+
+
 def _timed(operations: Iterable[Operation], device: Device, phase: str) -> list[Piece]:
     found = []
     for one in operations:
-        flops = one.total_flops
-        if one.work == "attention_backward":
-            flops *= ATTENTION_BACKWARD
-        seconds = max(
-            flops / device.rate(one.work, one.precision).value, one.total_bytes / device.memory_bandwidth.value
-        )
+        if one.work == "memory":
+            continue
+        computing = one.total_flops / device.rate(one.work, one.precision).value
+        seconds = max(computing, one.total_bytes / device.memory_bandwidth.value)
         is_weight = one.work in ("weight_gradient", "grouped_weight_gradient")
-        part = {"attention core": "attention core"}.get(one.name.removesuffix(" backward").removesuffix(" again"))
-        part = part or ("routed experts" if one.part == "routed" else "other matrices")
+        part = "routed experts" if one.part == "routed" else "other matrices"
+        if one.work in ("attention", "attention_backward"):
+            part = "attention core"
         found.append(Piece(part, "weight" if is_weight else phase, seconds))
     return found
 

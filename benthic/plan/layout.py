@@ -172,31 +172,29 @@ def _largest_fit(
     layout: ParallelConfig | None,
     recomputations: Sequence[Recomputation],
 ) -> str:
-    def fits(model: ModelConfig = config, **changes: object) -> bool:
-        found = training_memory(model, replace(training, **changes), layout)
-        return found.total <= device.memory_bytes
+    def fits(changed: Training, model: ModelConfig = config) -> bool:
+        return training_memory(model, changed, layout).total <= device.memory_bytes
 
     for recomputation in dict.fromkeys((training.recomputation, *recomputations)):
-        most = _largest(1, training.micro_batch, lambda n, how=recomputation: fits(micro_batch=n, recomputation=how))
+        tried = replace(training, recomputation=recomputation)
+        most = _largest(1, training.micro_batch, lambda n, tried=tried: fits(replace(tried, micro_batch=n)))
         if most:
-            return f"what fits: micro_batch {most} with recomputation {recomputation!r}"
-    last = recomputations[-1] if recomputations else training.recomputation
-    pieces = 64
-    length = _largest(
-        1,
-        training.sequence_length // pieces,
-        lambda n: fits(micro_batch=1, sequence_length=n * pieces, recomputation=last),
-    )
+            return f"what fits: micro-batches of {most}, recomputation {recomputation!r}"
+    piece = min(64, training.sequence_length)
+    last = replace(training, micro_batch=1, recomputation=(training.recomputation, *recomputations)[-1])
+    pieces = training.sequence_length // piece
+    length = piece * _largest(1, pieces, lambda n: fits(replace(last, sequence_length=n * piece)))
     if length:
-        return f"what fits: micro_batch 1, sequence_length {length * pieces}, recomputation {last!r}"
-    shortest = {"micro_batch": 1, "sequence_length": min(pieces, training.sequence_length), "recomputation": last}
-    layers = _largest(1, config.num_hidden_layers - 1, lambda n: fits(config.replace(num_hidden_layers=n), **shortest))
+        return f"what fits: micro-batches of 1, sequences of {length}, recomputation {last.recomputation!r}"
+    shortest = replace(last, sequence_length=piece)
+    every = config.num_hidden_layers
+    layers = _largest(1, every - 1, lambda n: fits(shortest, config.replace(num_hidden_layers=n)))
     if layers:
-        return f"what fits: {layers} of {config.num_hidden_layers} layers, or the same model over more GPUs"
+        return f"what fits: {layers} of {every} layers, or the same model over more GPUs"
     return "no number of layers fits; use more GPUs, or a smaller hidden_size or vocab_size"
 
 
-def _largest(low: int, high: int, fits) -> int:
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
     """The largest number in low ... high that fits, when smaller ones always do; 0 if none does."""
     if high < low or not fits(low):
         return 0

@@ -21,7 +21,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.alive: dict[tuple[str, str | Group], float] = {}
-        self.formulas: dict[tuple[str, str], str] = {}
+        self.formulas: dict[tuple[str, str | Group], str] = {}
         self.peak: dict[tuple[str, str | Group], float] = {}
         self.highest = ""
         self._total = self._peak_total = 0.0

@@ -111,6 +111,8 @@ def _assumptions(training: Training, layout: ParallelConfig) -> tuple[str, ...]:
     found = [f"the allocator loses {FRAGMENTATION:.0%}; CUDA itself takes {CONTEXT_BYTES / 2**30:.1f} GiB"]
     if training.precision == "fp8":
         found.append("FP8 activations as DeepSeek-V3 keeps them (report, 3.3.3); benthic trains in bf16")
+    else:
+        found.append("activations as the trainer's path on a GPU keeps them, attention crossing documents")
     if layout.tensor > 1:
         found.append("tensor parallelism divides every activation (sequence parallel norms)")
     if layout.pipeline > 1:

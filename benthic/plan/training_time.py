@@ -12,7 +12,7 @@ from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.plan.breakdown import Breakdown, Term
 from benthic.plan.communication import synchronisation_seconds
-from benthic.plan.devices import Device
+from benthic.plan.devices import Device, Precision, Work
 from benthic.plan.flops import training_flops_per_token
 from benthic.plan.holdings import pipeline_rank, stages_of_rank
 from benthic.plan.layer_time import Overheads, Piece, head_pieces, layer_pieces
@@ -178,11 +178,11 @@ def _synchronisation(
 
 
 def _assumptions(device: Device, training: Training, overheads: Overheads) -> tuple[str, ...]:
-    precision = "fp8" if training.precision == "fp8" else "bf16"
-    works = ("matmul", "weight_gradient", "grouped", "grouped_weight_gradient")
-    used = [(work, precision) for work in works] + [("attention", "bf16"), ("attention_backward", "bf16")]
-    if training.precision == "fp32":
-        used = [(work, "fp32") for work, _ in used]
+    matrices: tuple[Work, ...] = ("matmul", "weight_gradient", "grouped", "grouped_weight_gradient")
+    attention: tuple[Work, ...] = ("attention", "attention_backward")
+    core: Precision = "fp32" if training.precision == "fp32" else "bf16"
+    used: list[tuple[Work, Precision]] = [(work, training.precision) for work in matrices]
+    used += [(work, core) for work in attention]
     rates = [(work, precision, device.rate(work, precision)) for work, precision in used]
     return (
         *(f"{work}, {precision}: {rate.value / 1e12:.0f} TFLOP/s ({rate.source})" for work, precision, rate in rates),
