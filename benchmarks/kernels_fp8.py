@@ -71,14 +71,14 @@ def main() -> int:
         wrong += mistakes
         torch.cuda.empty_cache()
     if options.out and not options.check:
-        document = machine.describe(("torch", "triton", "numpy")) | {
+        where = machine.describe(("torch", "triton", "numpy")) | {
             "command": "python " + " ".join(sys.argv),
             "commit": options.commit,
             "gpu": torch.cuda.get_device_name(),
-            "rounds": ROUNDS,
-            "samples_a_round": SAMPLES,
-            "rows": rows,
         }
+        document = {
+            "name": "kernels_fp8", "machine": where, "rounds": ROUNDS, "samples_a_round": SAMPLES, "rows": rows,
+        }  # fmt: skip
         write_atomic(options.out, json.dumps(document, indent=1))
     return 1 if wrong else 0
 
