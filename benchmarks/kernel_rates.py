@@ -44,10 +44,6 @@ def with_measured_rates(device: Device, config: ModelConfig, training: Training)
     rates = dict(device.measured) | _matmul_rates(tokens, width, config) | _attention_rates(training, config)
     if config.n_routed_experts:
         rates |= _grouped_rates(tokens, config)
-    large = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
-    copied = torch.empty_like(large)
-    bandwidth = 2 * large.nbytes / seconds_of(lambda: copied.copy_(large))
-    del large, copied
     kinds = {}
     for kind, moved, work in _memory_kernels(config, training):
         kinds[kind] = Rate(moved / seconds_of(work), SOURCE)
@@ -57,10 +53,16 @@ def with_measured_rates(device: Device, config: ModelConfig, training: Training)
     return replace(
         device,
         measured=rates,
-        memory_bandwidth=Rate(bandwidth, "copy of 2 GiB, this run"),
+        memory_bandwidth=_copy_bandwidth(),
         measured_bandwidth=kinds,
         launch_seconds=_launch_interval(),
     )
+
+
+def _copy_bandwidth() -> Rate:
+    large = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
+    copied = torch.empty_like(large)
+    return Rate(2 * large.nbytes / seconds_of(lambda: copied.copy_(large)), "copy of 2 GiB, this run")
 
 
 def _launch_interval() -> Rate:
@@ -133,8 +135,8 @@ def _without_experts(config: ModelConfig, tokens: int) -> Iterator[Measured]:
     heads, half = config.num_attention_heads, config.query_head_dim // 2
     first, second = _drawn(tokens, heads, 2 * half, dtype=torch.float32).chunk(2, -1)
     yield "strided", 4 * first.numel() * 4, lambda: torch.complex(first, second)
-    pairs, table = torch.complex(first, second), torch.complex(first[:, :1], second[:, :1])
-    yield "broadcast", 2 * pairs.nbytes, lambda: pairs * table
+    pairs, turns = torch.complex(first, second), torch.complex(first[:, :1], second[:, :1])
+    yield "broadcast", 2 * pairs.nbytes, lambda: pairs * turns
     logits = _drawn(min(tokens, LOGITS_AT_A_TIME // classes), classes, dtype=torch.float32)
     yield "reduction", logits.nbytes, lambda: logits.amax(-1)
 
@@ -190,9 +192,7 @@ def _attention_rates(training: Training, config: ModelConfig) -> dict:
     flops = shape[0] * shape[1] ** 2 * heads * widths
     return {
         ("attention", "bf16"): Rate(flops / forward, SOURCE),
-        ("attention_backward", "bf16"): Rate(
-            attention_backward_products(config) * flops / backward, SOURCE
-        ),
+        ("attention_backward", "bf16"): Rate(attention_backward_products(config) * flops / backward, SOURCE),
     }
 
 

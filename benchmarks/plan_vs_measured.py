@@ -245,14 +245,15 @@ def main() -> None:
     }
     for name, ratio in result["kept_bytes_ratio"].items():
         print(f"{name:58} bytes kept between forward and backward, predicted / counted: {ratio:.3f}")
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"plan_vs_measured_{device.name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'':58} memory: predicted, measured, ratio   time: device file, rates measured here, measured, two ratios")
     for name in arguments.settings:
         row = compare(name, known[name], device, arguments.steps)
         result["rows"].append(row)
         print(show(row), flush=True)
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"plan_vs_measured_{device.name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        # After every setting: a run that is cut off leaves what it had measured.
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {output}")
 
 

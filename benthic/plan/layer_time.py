@@ -112,7 +112,7 @@ def head_pieces(
     for phase in ("forward", "backward"):
         moving = heads * _moving(kernels, phase, tokens / layout.tensor, device, training)
         found.append(Piece("memory-bound", phase, moving + _moving(shared, phase, size, device, training)))
-    return [*found, *_accumulation(size, training, device)]
+    return found if training.precision == "fp8" else [*found, _accumulation(size, device, training)]
 
 
 def embedding_pieces(
@@ -124,14 +124,16 @@ def embedding_pieces(
     tokens = _call(training, layout).tokens / layout.tensor
     size = config.vocab_size * config.hidden_size / layout.tensor
     kernels, whole = embedding_traffic(config, training.precision), embedding_weight_traffic(training.precision)
-    return [
-        Piece(
-            "memory-bound",
-            phase,
-            _moving(kernels, phase, tokens, device, training) + _moving(whole, phase, size, device, training),
-        )
-        for phase in ("forward", "backward")
-    ]
+    found = [] if config.tie_word_embeddings else [_accumulation(size, device, training)]
+    for phase in ("forward", "backward"):
+        seconds = _moving(kernels, phase, tokens, device, training) + _moving(whole, phase, size, device, training)
+        found.append(Piece("memory-bound", phase, seconds))
+    return found
+
+
+def _accumulation(elements: float, device: Device, training: Training) -> Piece:
+    added = accumulation_traffic(training.precision, training.micro_batches)
+    return Piece("memory-bound", "weight", _moving(added, "backward", elements, device, training))
 
 
 def _moving(kernels: Iterable[Kernels], phase: str, items: float, device: Device, training: Training) -> float:
@@ -247,11 +249,10 @@ def _plain_traffic(
         if one.phase == "forward" and (one.role in dropped or (one.block == "attention" and "attention" in dropped))
     ]
     elements = layer_holding(config, layout, layer).elements
-    added = accumulation_traffic(training.precision, training.micro_batches)
     return [
         Piece("memory-bound", "forward", _moving(kernels, "forward", tokens, device, training)),
         Piece("memory-bound", "backward", _moving([*kernels, *again], "backward", tokens, device, training)),
-        Piece("memory-bound", "weight", _moving(added, "backward", elements, device, training)),
+        _accumulation(elements, device, training),
     ]
 
 

@@ -19,7 +19,6 @@ from benthic.plan.ledger import Group, Ledger
 from benthic.plan.pipeline import chunks_in_flight
 from benthic.plan.training import LOGITS_AT_A_TIME, Training
 
-
 _Groups = dict[Block, Group]
 
 

@@ -211,7 +211,7 @@ def _router(config: ModelConfig, b: int) -> Iterator[Kernels]:
 
 
 def _weighted_sum(width: float, rows: float, b: int) -> Iterator[Kernels]:
-    # In float32. Backward: the gradient spread over rows, its product with the rows for the weights, and that one's sum.
+    # In float32. Backward: the gradient spread over rows, its product with the rows for the weights, summed.
     if b < 4:
         yield Kernels("feed_forward", "weighted sum: to float32", "forward", "cast", (b + 4) * (rows + width), 2)
         yield Kernels("feed_forward", "weighted sum: from float32", "backward", "cast", (b + 4) * (rows + width), 2)
