@@ -23,11 +23,11 @@ Measured = tuple[MemoryWork, float, Callable[[], object]]
 
 
 def seconds_of(work: Callable[[], object], repeats: int = 20) -> float:
-    """Seconds of one call among many launched one after another: the median of five rounds."""
+    """Seconds of one call among many launched one after another: the median of three rounds."""
     for _ in range(3):
         work()
     found = []
-    for _ in range(5):
+    for _ in range(3):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(repeats):
@@ -84,20 +84,28 @@ def _memory_kernels(config: ModelConfig, training: Training) -> Iterator[Measure
     block = min(tokens, LOGITS_AT_A_TIME // config.vocab_size)
     logits = _drawn(block, config.vocab_size)
     yield "softmax", 3 * logits.nbytes, lambda: logits.softmax(-1, dtype=torch.float32)
+    yield from _casts(_drawn(tokens * config.num_experts_per_tok if config.n_routed_experts else tokens, width))
     yield _optimizer()
     yield from _rows(config, tokens) if config.n_routed_experts else _without_experts(config, tokens)
     yield _join(config, training) if config.kv_lora_rank else _join_of_halves(config, training)
 
 
 def _norm(x: Tensor) -> Measured:
-    gain = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device, requires_grad=True)
-    x.requires_grad_()
-    grad = torch.randn_like(x)
+    """Forward and backward, called below autograd, which would take longer than small ones do."""
+    shape, gain, grad = list(x.shape[-1:]), torch.ones_like(x[0]), torch.randn_like(x)
 
-    def both_passes() -> object:
-        return torch.autograd.grad(ops.rms_norm(x, gain, 1e-6), (x, gain), grad)
+    def both_passes() -> None:
+        _, inverse = torch.ops.aten._fused_rms_norm(x, shape, gain, 1e-6)
+        torch.ops.aten._fused_rms_norm_backward(grad, x, shape, inverse, gain, [True, True])
 
     return "norm", 7 * x.nbytes, both_passes
+
+
+def _casts(narrow: Tensor) -> Iterator[Measured]:
+    wide = narrow.float()
+    yield "widen", 3 * narrow.nbytes, lambda: narrow.float()
+    yield "narrow", 3 * narrow.nbytes, lambda: wide.bfloat16()
+    yield "accumulate", 5 * narrow.nbytes, lambda: wide.add_(narrow)
 
 
 def _optimizer() -> Measured:
@@ -116,7 +124,6 @@ def _rows(config: ModelConfig, tokens: int) -> Iterator[Measured]:
     x, rows = _drawn(tokens, width), _drawn(tokens * chosen, width)
     yield "gather", 2 * rows.nbytes, lambda: x.index_select(0, order)
     yield "scatter_add", 3 * rows.nbytes, lambda: x.index_add_(0, order, rows)
-    yield "cast", 3 * rows.nbytes, lambda: rows.float()
     wide, weights = rows.float().view(tokens, chosen, width), torch.rand(tokens, chosen, 1, device="cuda")
     yield "broadcast", 2 * wide.nbytes, lambda: wide * weights
     yield "reduction", wide.nbytes + wide.nbytes / chosen, lambda: wide.sum(1)
@@ -131,7 +138,6 @@ def _without_experts(config: ModelConfig, tokens: int) -> Iterator[Measured]:
     table, rows = _drawn(classes, width), _drawn(tokens, width)
     yield "gather", 2 * rows.nbytes, lambda: table.index_select(0, ids)
     yield "scatter_add", 3 * rows.nbytes, lambda: table.index_add_(0, ids, rows)
-    yield "cast", 3 * rows.nbytes, lambda: rows.float()
     heads, half = config.num_attention_heads, config.query_head_dim // 2
     first, second = _drawn(tokens, heads, 2 * half, dtype=torch.float32).chunk(2, -1)
     yield "strided", 4 * first.numel() * 4, lambda: torch.complex(first, second)

@@ -1,6 +1,7 @@
 """Predicted against measured: memory and time of real training steps on one GPU.
 
     python benchmarks/plan_vs_measured.py [--settings NAME ...] [--steps 5] [--output FILE]
+    python benchmarks/plan_vs_measured.py --again FILE
 
 Each setting trains a real LanguageModel with the real optimiser on random tokens. Memory is compared with
 torch.cuda.max_memory_allocated. Time is predicted twice: from the device file, and from rates of single kernels
@@ -17,7 +18,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from benthic.data.loader import Batch  # noqa: E402
 from benthic.errors import NumericsError  # noqa: E402
 from benthic.model import LanguageModel  # noqa: E402
 from benthic.plan.activations import layer_activations  # noqa: E402
-from benthic.plan.devices import DEVICES, Device  # noqa: E402
+from benthic.plan.devices import DEVICES, Device, Rate, find_device  # noqa: E402
 from benthic.plan.memory import TrainingMemory, training_memory  # noqa: E402
 from benthic.plan.training import Training  # noqa: E402
 from benthic.plan.training_time import StepTime, step_time  # noqa: E402
@@ -143,10 +144,11 @@ def kept_ratio(config: ModelConfig) -> float:
     training = Training(256, 2)
     model, _ = build(Setting(small, training))
     tokens = torch.zeros(training.micro_batch, training.sequence_length, dtype=torch.int64, device="cuda")
-    storages: dict[int, torch.Tensor] = {}
+    # Sizes alone: tensors would hold the graph that holds this function, for good.
+    storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     depths = small.num_nextn_predict_layers
@@ -154,11 +156,7 @@ def kept_ratio(config: ModelConfig) -> float:
         states = model.states(tokens, num_predictions=depths)
     fixed = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), tokens)}
     # Router weights in float32 and rotations do not grow with tokens.
-    counted = sum(
-        tensor.untyped_storage().nbytes()
-        for pointer, tensor in storages.items()
-        if pointer not in fixed and tensor.untyped_storage().nbytes() % tokens.numel() == 0
-    )
+    counted = sum(size for pointer, size in storages.items() if pointer not in fixed and size % tokens.numel() == 0)
     layers = range(small.num_hidden_layers + depths)
     per_token = sum(one.bytes for layer in layers for one in layer_activations(small, layer, "bf16", "none"))
     del states, model
@@ -205,6 +203,33 @@ def _ratios(memory: TrainingMemory, filed: StepTime, rated: StepTime, device: De
     }
 
 
+def predict_again(path: Path) -> None:
+    """Rewrite a result with the planner's and the device file's predictions of today beside what was measured then."""
+    result, known = json.loads(path.read_text(encoding="utf-8")), settings()
+    device = find_device(result["device"])
+    for row in result["rows"]:
+        setting = known[row["setting"]]
+        memory = training_memory(setting.model, setting.training)
+        row |= {"predicted_bytes": round(memory.allocated), "moment": memory.moment}
+        if "measured" not in row:
+            continue
+        rated = replace(
+            device,
+            measured=_rates({tuple(key.split()): value for key, value in row["rates_tera"].items()}),
+            memory_bandwidth=Rate(row["bandwidth_tera"]["copy"] * 1e12, "that run"),
+            measured_bandwidth=_rates({key: value for key, value in row["bandwidth_tera"].items() if key != "copy"}),
+            launch_seconds=Rate(row["launch_microseconds"] / 1e6, "that run"),
+        )
+        steps = [step_time(setting.model, setting.training, one) for one in (device, rated)]
+        row |= _ratios(memory, *steps, rated, row["measured"])
+        print(show(row))
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _rates(tera: dict) -> dict:
+    return {key: Rate(value * 1e12, "that run") for key, value in tera.items()}
+
+
 def clear() -> None:
     """Give back what the last setting held."""
     gc.collect()
@@ -231,7 +256,10 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", choices=list(known), default=list(known), metavar="NAME")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--again", type=Path, metavar="FILE", help="predict again what this result measured; no GPU")
     arguments = parser.parse_args()
+    if arguments.again:
+        return predict_again(arguments.again)
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU")
     device = this_device()
@@ -239,6 +267,7 @@ def main() -> None:
         "name": "plan_vs_measured",
         "machine": describe(("torch", "triton"))
         | {"gpu": torch.cuda.get_device_name(), "command": "python " + " ".join(sys.argv)},
+        "device": device.name,
         "steps": arguments.steps,
         "kept_bytes_ratio": {name: kept_ratio(known[name].model) for name in arguments.settings},
         "rows": [],

@@ -21,7 +21,9 @@ the same over experts, causal attention over a sequence, its backward, and atten
 
 MemoryWork = Literal[
     "elementwise",
-    "cast",
+    "widen",
+    "narrow",
+    "accumulate",
     "broadcast",
     "strided",
     "join",
@@ -32,8 +34,8 @@ MemoryWork = Literal[
     "softmax",
     "optimizer",
 ]
-"""Kinds of memory-bound torch kernels whose bandwidths differ: contiguous arrays of one dtype; between bfloat16 and
-float32; a product with a row's or column's factor; parts of rows; joining parts of rows; copying rows by number; adding
+"""Kinds of memory-bound torch kernels whose bandwidths differ: contiguous arrays of one dtype; bfloat16 to float32;
+float32 to bfloat16; adding bfloat16 to float32 in place; a product with a row's or column's factor; parts of rows; joining parts of rows; copying rows by number; adding
 rows by number (atomic, and read before they are written); RMS norm, both passes; sums and maxima; softmax to float32;
 the fused optimiser over many arrays."""
 MEMORY_WORKS: tuple[MemoryWork, ...] = get_args(MemoryWork)
@@ -127,8 +129,22 @@ _H800_MEASURED: dict[tuple[Work, Precision], Rate] = {
     ("attention_backward", "bf16"): Rate(455 * TERA, "DeepSeek's published trace, 112 multiprocessors"),
     ("decode", "bf16"): Rate(660 * TERA, "FlashMLA README, compute-bound"),
 }
-_H200_BANDWIDTH: dict[MemoryWork, Rate] = {}
-_LAUNCH = Rate(5e-6, "PENDING")
+# Single kernels, each alone, at the shapes of seven training settings of three models: the median.
+_KERNEL_RATES = "benchmarks/kernel_rates.py, median of seven settings, torch 2.11, H200"
+_H200_BANDWIDTH: dict[MemoryWork, Rate] = {
+    "elementwise": Rate(4.27 * TERA, f"product of two bf16 arrays, {_KERNEL_RATES}"),
+    "widen": Rate(2.15 * TERA, f"bf16 to float32, {_KERNEL_RATES}"),
+    "broadcast": Rate(2.71 * TERA, f"rows times a factor each, {_KERNEL_RATES}"),
+    "strided": Rate(1.92 * TERA, f"silu(gate) * up of halves of rows, {_KERNEL_RATES}"),
+    "join": Rate(0.95 * TERA, f"torch.cat of a query's two parts, {_KERNEL_RATES}"),
+    "gather": Rate(4.0 * TERA, f"index_select of rows, {_KERNEL_RATES}"),
+    "scatter_add": Rate(0.73 * TERA, f"index_add_ of bf16 rows, {_KERNEL_RATES}"),
+    "norm": Rate(2.63 * TERA, f"RMS norm and its backward, {_KERNEL_RATES}"),
+    "reduction": Rate(3.70 * TERA, f"sum over choices, {_KERNEL_RATES}"),
+    "softmax": Rate(0.89 * TERA, f"softmax of bf16 logits in float32, {_KERNEL_RATES}"),
+    "optimizer": Rate(3.46 * TERA, f"fused AdamW, {_KERNEL_RATES}"),
+}
+_LAUNCH = Rate(8.2e-6, f"adding 1 to one number 1000 times from Python, {_KERNEL_RATES}")
 _ASSUMED_PRICE = "assumption: rental by the hour"
 
 _H200 = Device(

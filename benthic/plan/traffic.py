@@ -59,7 +59,7 @@ def head_traffic(config: ModelConfig, precision: TrainingPrecision, blocks: int)
         Kernels("head", "scaled gradient", "backward", "elementwise", 2 * b * config.hidden_size),
     ]
     if precision == "bf16":
-        loss.append(Kernels("head", "gradient of logits", "forward", "cast", (4 + b) * classes, blocks))
+        loss.append(Kernels("head", "gradient of logits", "forward", "narrow", (4 + b) * classes, blocks))
     return [*loss, *_norm("head", "final norm", config.hidden_size, b)]
 
 
@@ -74,8 +74,10 @@ def head_weight_traffic(precision: TrainingPrecision, blocks: int, heads: int) -
         Kernels("head", "gradient scaled", "backward", "elementwise", 2.0 * b * heads, heads),
     ]
     if precision == "bf16":
-        found.append(Kernels("head", "blocks added up", "forward", "cast", (2 + 8) * blocks * heads, blocks * heads))
-        found.append(Kernels("head", "gradient in bfloat16", "forward", "cast", (4 + 2) * heads, heads))
+        found.append(
+            Kernels("head", "blocks added up", "forward", "accumulate", (2 + 8) * blocks * heads, blocks * heads)
+        )
+        found.append(Kernels("head", "gradient in bfloat16", "forward", "narrow", (4 + 2) * heads, heads))
     if heads > 1:
         found.append(Kernels("head", "heads added up", "backward", "elementwise", 3 * b * (heads - 1), heads - 1))
     return found
@@ -94,7 +96,7 @@ def update_traffic(precision: TrainingPrecision) -> list[Kernels]:
         Kernels("update", "AdamW", "forward", "optimizer", 7 * 4),
     ]
     if precision != "fp32":
-        found.append(Kernels("update", "bfloat16 copy of the weights", "forward", "cast", 4 + 2))
+        found.append(Kernels("update", "bfloat16 copy of the weights", "forward", "narrow", 4 + 2))
     return found
 
 
@@ -103,10 +105,13 @@ def accumulation_traffic(precision: TrainingPrecision, micro_batches: int) -> li
     in float32 taken as they are."""
     if precision == "fp8":
         return [Kernels("update", "gradients added up", "backward", "elementwise", 2 + 2 * 4)]
-    first, later = (0, 3 * 4) if precision == "fp32" else (2 + 4, 2 + 2 * 4)
-    mean = (first + later * (micro_batches - 1)) / micro_batches
-    kind = "elementwise" if precision == "fp32" else "cast"
-    return [Kernels("update", "gradients added up", "backward", kind, mean)]
+    later = (micro_batches - 1) / micro_batches
+    if precision == "fp32":
+        return [Kernels("update", "gradients added up", "backward", "elementwise", 3 * 4 * later)]
+    return [
+        Kernels("update", "first gradients in float32", "backward", "widen", (2 + 4) * (1 - later)),
+        Kernels("update", "gradients added up", "backward", "accumulate", (2 + 2 * 4) * later),
+    ]
 
 
 def _norm(block: str, name: str, width: float, b: int) -> Iterator[Kernels]:
@@ -150,7 +155,8 @@ def _rotation(config: ModelConfig, width: float, b: int, role: str) -> Iterator[
     # A complex number is two float32 channels.
     for phase in _PHASES:
         if b < 4:
-            yield Kernels("attention", "rotation: to float32 and back", phase, "cast", 2 * (b + 4) * width, 2, role)
+            yield Kernels("attention", "rotation: to float32", phase, "widen", (b + 4) * width, role=role)
+            yield Kernels("attention", "rotation: from float32", phase, "narrow", (b + 4) * width, role=role)
         yield Kernels("attention", "rotation", phase, "broadcast", (4 + 4) * width, role=role)
     if config.rope_interleave:
         return
@@ -200,8 +206,8 @@ def _router(config: ModelConfig, b: int) -> Iterator[Kernels]:
     experts, chosen, width = config.n_routed_experts or 0, config.num_experts_per_tok, config.hidden_size
     if b < 4:
         # Tokens and the router's weight in float32, and their gradients back.
-        for phase in _PHASES:
-            yield Kernels("feed_forward", "router: to float32 and back", phase, "cast", (b + 4) * width, 2)
+        yield Kernels("feed_forward", "router: to float32", "forward", "widen", (b + 4) * width, 2)
+        yield Kernels("feed_forward", "router: from float32", "backward", "narrow", (b + 4) * width, 2)
     groups = 7 if config.topk_group < config.n_group else 0
     # Scores, bias, choice, weights; counts, sorting by expert and its inverse: small arrays, many launches.
     yield Kernels("feed_forward", "scores and choice", "forward", "elementwise", 6 * 4 * experts, 9 + groups)
@@ -213,8 +219,9 @@ def _router(config: ModelConfig, b: int) -> Iterator[Kernels]:
 def _weighted_sum(width: float, rows: float, b: int) -> Iterator[Kernels]:
     # In float32. Backward: the gradient spread over rows, its product with the rows for the weights, summed.
     if b < 4:
-        yield Kernels("feed_forward", "weighted sum: to float32", "forward", "cast", (b + 4) * (rows + width), 2)
-        yield Kernels("feed_forward", "weighted sum: from float32", "backward", "cast", (b + 4) * (rows + width), 2)
+        for phase, wide, narrow in (("forward", rows, width), ("backward", width, rows)):
+            yield Kernels("feed_forward", "weighted sum: to float32", phase, "widen", (b + 4) * wide)
+            yield Kernels("feed_forward", "weighted sum: from float32", phase, "narrow", (b + 4) * narrow)
     yield Kernels("feed_forward", "weighted sum: products", "forward", "broadcast", 8 * rows)
     yield Kernels("feed_forward", "weighted sum", "forward", "reduction", 4 * (rows + width))
     yield Kernels("feed_forward", "weighted sum: products", "backward", "broadcast", 12 * rows + 8 * width, 2)
