@@ -35,9 +35,9 @@ MemoryWork = Literal[
     "optimizer",
 ]
 """Kinds of memory-bound torch kernels whose bandwidths differ: contiguous arrays of one dtype; bfloat16 to float32;
-float32 to bfloat16; adding bfloat16 to float32 in place; a product with a row's or column's factor; parts of rows; joining parts of rows; copying rows by number; adding
-rows by number (atomic, and read before they are written); RMS norm, both passes; sums and maxima; softmax to float32;
-the fused optimiser over many arrays."""
+float32 to bfloat16; adding bfloat16 to float32 in place; a product with a row's or column's factor; parts of rows;
+joining parts of rows; copying rows by number; adding rows by number (atomic, and read before they are written); RMS
+norm, both passes; sums and maxima; softmax to float32; the fused optimiser over many arrays."""
 MEMORY_WORKS: tuple[MemoryWork, ...] = get_args(MemoryWork)
 
 GIB = 2**30
@@ -134,6 +134,8 @@ _KERNEL_RATES = "benchmarks/kernel_rates.py, median of seven settings, torch 2.1
 _H200_BANDWIDTH: dict[MemoryWork, Rate] = {
     "elementwise": Rate(4.27 * TERA, f"product of two bf16 arrays, {_KERNEL_RATES}"),
     "widen": Rate(2.15 * TERA, f"bf16 to float32, {_KERNEL_RATES}"),
+    "narrow": Rate(2.15 * TERA, "assumed: as bf16 to float32, the same kind of torch kernel"),
+    "accumulate": Rate(2.15 * TERA, "assumed: as bf16 to float32, the same kind of torch kernel"),
     "broadcast": Rate(2.71 * TERA, f"rows times a factor each, {_KERNEL_RATES}"),
     "strided": Rate(1.92 * TERA, f"silu(gate) * up of halves of rows, {_KERNEL_RATES}"),
     "join": Rate(0.95 * TERA, f"torch.cat of a query's two parts, {_KERNEL_RATES}"),

@@ -24,7 +24,7 @@ def layer_traffic(config: ModelConfig, layer: int, precision: TrainingPrecision)
     attention = _latent(config, b) if config.kv_lora_rank else _plain(config, b)
     expert = config.is_expert_layer(layer)
     feed_forward = _experts(config, b) if expert else _gated(config, config.intermediate_size, b)
-    found = [*attention, *feed_forward]
+    found = [*attention, *feed_forward, *_biases(config, b)]
     for block in ("attention", "feed_forward"):
         found += _norm(block, "norm", width, b)
         # Forward adds the sublayer's result, backward the gradients of both ways.
@@ -151,6 +151,18 @@ def _plain(config: ModelConfig, b: int) -> Iterator[Kernels]:
     yield Kernels("attention", "gradients of the input added", "backward", "elementwise", width, 2)
 
 
+def _biases(config: ModelConfig, b: int) -> Iterator[Kernels]:
+    # Products add them; their gradients are sums over tokens.
+    if config.qkv_bias and config.kv_lora_rank:
+        widths = config.kv_lora_rank + config.qk_rope_head_dim + (config.q_lora_rank or 0)
+        yield Kernels("attention", "gradients of biases", "backward", "reduction", b * widths, 2)
+    elif config.qkv_bias:
+        widths = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.query_head_dim
+        yield Kernels("attention", "gradients of biases", "backward", "reduction", b * widths, 3)
+    if config.output_bias:
+        yield Kernels("attention", "gradient of the output's bias", "backward", "reduction", b * config.hidden_size)
+
+
 def _rotation(config: ModelConfig, width: float, b: int, role: str) -> Iterator[Kernels]:
     # A complex number is two float32 channels.
     for phase in _PHASES:
@@ -164,7 +176,8 @@ def _rotation(config: ModelConfig, width: float, b: int, role: str) -> Iterator[
     # each part, adds the two, and joins the halves' gradients.
     yield Kernels("attention", "rotation: halves to complex", "forward", "strided", (4 + 4) * width, role=role)
     yield Kernels("attention", "rotation: parts joined", "forward", "join", (4 + 4) * width, role=role)
-    yield Kernels("attention", "rotation: parts cleared and added", "backward", "elementwise", 20 * width, 3, role)
+    yield Kernels("attention", "rotation: parts cleared", "backward", "elementwise", 2 * 4 * width, 2, role)
+    yield Kernels("attention", "rotation: parts added", "backward", "elementwise", 3 * 4 * width, role=role)
     yield Kernels("attention", "rotation: parts filled", "backward", "strided", 2 * (2 + 2) * width, 2, role)
     yield Kernels("attention", "rotation: halves joined", "backward", "join", (4 + 4) * width, role=role)
 
