@@ -38,14 +38,17 @@ def both_ways(
 
 def moving_seconds(
     kernels: Iterable[Kernels], items: float, device: Device, precision: TrainingPrecision, imbalance: float = 0.0
-) -> float:
-    """Time of kernels one after another over `items`: their bytes at the bandwidth of their kind, and no less than
-    launching them takes. Fused kernels (fp8) are taken to move bytes as a copy does, launched ahead of time."""
-    seconds = 0.0
+) -> dict[str, float]:
+    """Time of kernels one after another over `items`, by what they are called in a step: their bytes at the bandwidth
+    of their kind, and no less than launching them takes. Fused kernels (fp8) are taken to move bytes as a copy does,
+    launched ahead of time."""
+    seconds: dict[str, float] = {}
     for one in kernels:
         moved = items * one.bytes * (1 + imbalance if one.routed else 1)
         if precision == "fp8":
-            seconds += moved / device.memory_bandwidth.value
+            name, taken = "memory-bound", moved / device.memory_bandwidth.value
         else:
-            seconds += max(moved / device.bandwidth(one.kind).value, one.launches * device.launch_seconds.value)
+            launching = one.launches * device.launch_seconds.value
+            name, taken = f"memory-bound, {one.kind}", max(moved / device.bandwidth(one.kind).value, launching)
+        seconds[name] = seconds.get(name, 0.0) + taken
     return seconds

@@ -1,8 +1,9 @@
 """Time of one layer's micro-batch on one rank, piece by piece.
 
 A matrix product takes the longer of FLOPs / rate and bytes / bandwidth. Attention's backward does five products to the
-forward's two. Memory-bound work takes its bytes over the bandwidth, or, where a profile of the real system says what
-share of the time it takes, that share. Exchange is counted apart: schedules differ in what they hide.
+forward's two. Memory-bound work takes its bytes over the bandwidth of its kind of kernel (traffic.py), or, where a
+profile of the real system says what share of the time it takes, that share. No kernel of the plain path takes less
+time than launching it. Exchange is counted apart: schedules differ in what they hide.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Overheads:
     memory_share: float | None = None
     overlap_stall: float = OVERLAP_STALL
     group_limit: bool = True
-    source: str = "bytes of the plain path over the device's bandwidth"
+    source: str = "bytes of the plain path over the bandwidth of each kind of kernel"
 
 
 def layer_pieces(
@@ -106,13 +107,13 @@ def head_pieces(
     found = [Piece("head", "forward", seconds), Piece("head", "backward", seconds)]
     found.append(Piece("head", "weight", flops / device.rate("weight_gradient", precision).value))
     blocks = math.ceil(tokens / max(1, LOGITS_AT_A_TIME // config.vocab_size))
-    kernels = head_traffic(config, training.precision, blocks)
+    kernels = heads * head_traffic(config, training.precision, blocks)
     shared = head_weight_traffic(training.precision, blocks, heads)
     size = config.vocab_size * config.hidden_size / layout.tensor
     for phase in ("forward", "backward"):
-        moving = heads * _moving(kernels, phase, tokens / layout.tensor, device, training)
-        found.append(Piece("memory-bound", phase, moving + _moving(shared, phase, size, device, training)))
-    return found if training.precision == "fp8" else [*found, _accumulation(size, device, training)]
+        found += _moving(kernels, phase, tokens / layout.tensor, device, training)
+        found += _moving(shared, phase, size, device, training)
+    return found if training.precision == "fp8" else [*found, *_accumulation(size, device, training)]
 
 
 def embedding_pieces(
@@ -124,21 +125,21 @@ def embedding_pieces(
     tokens = _call(training, layout).tokens / layout.tensor
     size = config.vocab_size * config.hidden_size / layout.tensor
     kernels, whole = embedding_traffic(config, training.precision), embedding_weight_traffic(training.precision)
-    found = [] if config.tie_word_embeddings else [_accumulation(size, device, training)]
+    found = [] if config.tie_word_embeddings else _accumulation(size, device, training)
     for phase in ("forward", "backward"):
-        seconds = _moving(kernels, phase, tokens, device, training) + _moving(whole, phase, size, device, training)
-        found.append(Piece("memory-bound", phase, seconds))
+        found += _moving(kernels, phase, tokens, device, training) + _moving(whole, phase, size, device, training)
     return found
 
 
-def _accumulation(elements: float, device: Device, training: Training) -> Piece:
+def _accumulation(elements: float, device: Device, training: Training) -> list[Piece]:
     added = accumulation_traffic(training.precision, training.micro_batches)
-    return Piece("memory-bound", "weight", _moving(added, "backward", elements, device, training))
+    return [replace(one, phase="weight") for one in _moving(added, "backward", elements, device, training)]
 
 
-def _moving(kernels: Iterable[Kernels], phase: str, items: float, device: Device, training: Training) -> float:
+def _moving(kernels: Iterable[Kernels], phase: str, items: float, device: Device, training: Training) -> list[Piece]:
     chosen = [one for one in kernels if one.phase == phase]
-    return moving_seconds(chosen, items, device, training.precision, training.expert_imbalance)
+    times = moving_seconds(chosen, items, device, training.precision, training.expert_imbalance)
+    return [Piece(part, phase, seconds) for part, seconds in times.items()]
 
 
 def _call(training: Training, layout: ParallelConfig) -> Call:
@@ -250,9 +251,9 @@ def _plain_traffic(
     ]
     elements = layer_holding(config, layout, layer).elements
     return [
-        Piece("memory-bound", "forward", _moving(kernels, "forward", tokens, device, training)),
-        Piece("memory-bound", "backward", _moving([*kernels, *again], "backward", tokens, device, training)),
-        _accumulation(elements, device, training),
+        *_moving(kernels, "forward", tokens, device, training),
+        *_moving([*kernels, *again], "backward", tokens, device, training),
+        *_accumulation(elements, device, training),
     ]
 
 

@@ -173,7 +173,7 @@ def _synchronisation(
             terms.append(Term("synchronisation", f"gradients and weights, {name}", formula, seconds))
     state = held.sharded(layout) if layout.zero >= 1 else held.elements
     for one in update_traffic(training.precision):
-        seconds = moving_seconds([one], state, device, training.precision)
+        seconds = sum(moving_seconds([one], state, device, training.precision).values())
         rate = state * one.bytes / seconds
         formula = f"{state:,.0f} elements x {one.bytes:.0f} B / {rate / 1e12:.3g} TB/s"
         terms.append(Term("update", one.name, formula, seconds))

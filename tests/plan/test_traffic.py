@@ -43,9 +43,9 @@ class Traced(TorchDispatchMode):
     array's parts, whose gradients are arrays cleared and filled."""
 
     LEFT_OUT = (
-        "view _unsafe_view t transpose slice split split_with_sizes expand unsqueeze squeeze detach permute select alias "
-        "view_as_real view_as_complex _conj empty_like new_empty_strided "
-        "mm addmm _grouped_mm select_backward embedding embedding_dense_backward new_zeros zeros zeros_like full_like clone index_add"
+        "view _unsafe_view t transpose slice split split_with_sizes expand unsqueeze squeeze detach permute select "
+        "alias view_as_real view_as_complex _conj empty_like new_empty_strided mm addmm _grouped_mm embedding "
+        "embedding_dense_backward new_zeros zeros zeros_like full_like clone index_add select_backward"
     ).split()
 
     def __init__(self) -> None:
