@@ -1,7 +1,7 @@
 """The README's table of measured numbers, from benchmarks/results/*.json.
 
-python benchmarks/readme_table.py            prints it
-python benchmarks/readme_table.py --write    puts it between the README's markers
+    python benchmarks/readme_table.py            prints it
+    python benchmarks/readme_table.py --write    puts it between the README's markers
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ def rows() -> Iterator[str]:
 
 def _train(result: dict[str, Any]) -> Iterator[str]:
     work, machine = result["workload"], result["machine"]
-    where = (
-        f"{machine['cores']} CPU cores ({machine['processor'].split(' (')[0]}), torch {machine['versions']['torch']}"
-    )
+    where = f"{machine['cores']} CPU cores ({machine['processor'].split(' (')[0]}), torch {machine['versions']['torch']}"
     peer = f"transformers {machine['versions']['transformers']}"
     parts = (
         ("training", f"training step, {work['preset']}, {work['batch']} x {work['sequence_length']}, {work['dtype']}"),

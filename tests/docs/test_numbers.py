@@ -94,8 +94,8 @@ v3_widths = load("deepseek-v3").replace(
 )
 
 
-def step_milliseconds(config, training):
-    return 1e3 * step_time(config, training, find_device("h200")).total
+def step_milliseconds(config, length, sequences, **options):
+    return 1e3 * step_time(config, Training(length, sequences, **options), find_device("h200")).total
 
 
 def prediction_active(heads):
