@@ -80,7 +80,7 @@ def _show_plan(console: Console, config: TrainConfig) -> None:
     console.print(f"[bold]The plan[/]: a DeepSeek-V3 with every part, {count.total / 671e9:.1e} of its size")
     rows = {
         "parameters": f"{count.total:,}, {count.active:,} active for a token; {count.mtp_unique:,} more predict ahead",
-        "layers": f"{model.num_hidden_layers}, of which {model.num_expert_layers} with {model.n_routed_experts} experts "
+        "layers": f"{model.num_hidden_layers}, {model.num_expert_layers} of them with {model.n_routed_experts} experts "
         f"({model.num_experts_per_tok} chosen, {model.n_shared_experts} shared)",
         "attention": f"latent: {cache['mla']:,} bytes of cache a token instead of {cache['mha']:,} (bf16)",
         "training": f"{config.steps:,} updates, {tokens:,} tokens, {flops * tokens:.2e} FLOPs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Complex64, Float
 from torch import Tensor, nn
 
 from benthic import ops
@@ -15,11 +16,11 @@ from benthic.model.primitive import Linear, RMSNorm
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The positions of one forward pass: their rotations, complex64 [S, R / 2], what they may see (`mask`, bool
-    [B or 1, S, L], None for all before), and the rows of tokens before them, if any are kept."""
+    """The positions of one forward pass: their rotations, what they may see (None for all before), and the rows of
+    tokens before them, if any are kept."""
 
-    rotations: Tensor
-    mask: Tensor | None = None
+    rotations: Complex64[Tensor, "positions pairs"]
+    mask: Bool[Tensor, "batch_or_1 positions keys"] | None = None
     cache: Cache | None = None
 
 
@@ -47,8 +48,10 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.rank, expanded_rows, bias=False, **placed)
         self.o_proj = Linear(self.heads * config.v_head_dim, width, bias=config.output_bias, **placed)
 
-    def forward(self, hidden: Tensor, span: Span) -> Tensor:
-        """[B, S, D] to [B, S, D]. Expands keys and values when no token came before, else works on the latents."""
+    def forward(
+        self, hidden: Float[Tensor, "batch positions width"], span: Span
+    ) -> Float[Tensor, "batch positions width"]:
+        """Expands keys and values when no token came before, else works on the latents."""
         query, turning = self._queries(hidden).split_with_sizes((self.key_width, self.rotary_width), -1)
         latent, key = self.kv_a_proj_with_mqa(hidden).split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
@@ -95,8 +98,9 @@ class PlainAttention(nn.Module):
             self.k_norm = RMSNorm(key_rows, config.rms_norm_eps, **placed)
         self.o_proj = Linear(query_rows, width, bias=config.output_bias, **placed)
 
-    def forward(self, hidden: Tensor, span: Span) -> Tensor:
-        """[B, S, D] to [B, S, D]."""
+    def forward(
+        self, hidden: Float[Tensor, "batch positions width"], span: Span
+    ) -> Float[Tensor, "batch positions width"]:
         query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
         if self.normalises:
             query, key = self.q_norm(query), self.k_norm(key)

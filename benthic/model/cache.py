@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from benthic.config.model import ModelConfig
@@ -33,8 +34,10 @@ class Cache:
         shape = (batch, max_length, config.cache_width)
         self._layers = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
 
-    def write(self, layer: int, rows: Tensor) -> Tensor:
-        """Store `rows` [B, S, width] behind what is filled; all rows up to and with them: [B, length + S, width]."""
+    def write(
+        self, layer: int, rows: Float[Tensor, "batch positions cache_width"]
+    ) -> Float[Tensor, "batch {self.length}+positions cache_width"]:
+        """Store `rows` behind what is filled; all rows up to and with them."""
         end = self.length + rows.shape[1]
         stored = self._layers[layer]
         stored[:, self.length : end] = rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from benthic import ops
@@ -22,7 +23,7 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(width, inner, **placed)
         self.down_proj = Linear(inner, width, **placed)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -40,8 +41,7 @@ class Router(nn.Module):
         bias = torch.zeros(config.n_routed_experts, device=device) if config.has_routing_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Experts and weights of tokens [T, D]."""
+    def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
         logits = F.linear(x.float(), self.weight.float())  # [T, E]
         return ops.route(logits, self.e_score_correction_bias, self.config)
 
@@ -63,7 +63,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Float[Tensor, "tokens width"]:
         return ops.routed_experts(x, routing.experts, routing.weights, self.gate_up_proj, self.down_proj)
 
 
@@ -79,8 +79,10 @@ class ExpertLayer(nn.Module):
             inner = config.moe_intermediate_size * config.n_shared_experts
             self.shared_experts = FeedForward(config.hidden_size, inner, device, dtype)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """[B, S, D] to [B, S, D], and how the B S tokens were routed."""
+    def forward(
+        self, x: Float[Tensor, "batch positions width"]
+    ) -> tuple[Float[Tensor, "batch positions width"], Routing]:
+        """The sum of both, and how the B S tokens were routed."""
         tokens = x.flatten(0, -2)  # [T, D]
         routing = self.gate(tokens)
         out = self.experts(tokens, routing)

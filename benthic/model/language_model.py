@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from benthic import ops
@@ -21,11 +22,11 @@ from benthic.ops.route import Routing
 
 
 class States(NamedTuple):
-    """What a forward pass leaves before the head: `hidden` [B, S, D] after the final norm, `predictions` of depth
-    k = 1, 2 ... [B, S - k, D] after shared_head.norm, and the `routing` of every expert layer by its index."""
+    """What a forward pass leaves before the head: `hidden` after the final norm, `predictions` of depth k = 1, 2 ...
+    [B, S - k, D] after shared_head.norm, and the `routing` of every expert layer by its index."""
 
-    hidden: Tensor
-    predictions: list[Tensor]
+    hidden: Float[Tensor, "batch positions width"]
+    predictions: list[Float[Tensor, "batch _positions width"]]
     routing: dict[int, Routing]
 
 
@@ -57,15 +58,18 @@ class LanguageModel(nn.Module):
         self._rotations = RotaryTable(config)
 
     @property
-    def head_weight(self) -> Tensor:
-        """The output head [V, D]; the embedding itself where both are tied."""
+    def head_weight(self) -> Float[Tensor, "vocabulary width"]:
+        """The output head; the embedding itself where both are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(
-        self, input_ids: Tensor, *, return_mtp: bool = False, cache: Cache | None = None
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Logits [B, S, V] of `input_ids` int64 [B, S]; with `return_mtp` also the list of every prediction layer's,
-        where item k - 1 is [B, S - k, V] and its row i predicts token i + k + 1.
+        self, input_ids: Int64[Tensor, "batch positions"], *, return_mtp: bool = False, cache: Cache | None = None
+    ) -> (
+        Float[Tensor, "batch positions vocabulary"]
+        | tuple[Float[Tensor, "batch positions vocabulary"], list[Float[Tensor, "batch _positions vocabulary"]]]
+    ):
+        """Logits of `input_ids`; with `return_mtp` also the list of every prediction layer's, where item k - 1 is
+        [B, S - k, V] and its row i predicts token i + k + 1.
 
         Raises RequestError for ids that are no int64 [B, S], outside the vocabulary, or longer than the model allows.
         """
@@ -81,16 +85,16 @@ class LanguageModel(nn.Module):
 
     def states(
         self,
-        input_ids: Tensor,
+        input_ids: Int64[Tensor, "batch positions"],
         *,
-        documents: Tensor | None = None,
+        documents: Int64[Tensor, "batch positions"] | None = None,
         cache: Cache | None = None,
         num_predictions: int = 0,
     ) -> States:
-        """States before the head, of `input_ids` int64 [B, S].
+        """States before the head.
 
-        `documents` int64 [B, S] numbers the packed document of each position, and attention stays within one; None
-        lets it cross. `cache` holds the tokens before, and takes these in. `num_predictions` prediction layers run.
+        `documents` numbers the packed document of each position, and attention stays within one; None lets it cross.
+        `cache` holds the tokens before, and takes these in. `num_predictions` prediction layers run.
         """
         self._check(input_ids, documents, cache, num_predictions)
         embedded = self.model.embed_tokens(input_ids)  # [B, S, D]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from benthic.config.model import ModelConfig
@@ -31,8 +32,10 @@ class Layer(nn.Module):
         if not self.norm_first:
             self.post_feedforward_layernorm = RMSNorm(*norm)
 
-    def transform(self, hidden: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
-        """[B, S, D] to [B, S, D], and the routing of a layer with experts."""
+    def transform(
+        self, hidden: Float[Tensor, "batch positions width"], span: Span
+    ) -> tuple[Float[Tensor, "batch positions width"], Routing | None]:
+        """The residual stream after the layer, and the routing of a layer with experts."""
         if self.norm_first:
             hidden = hidden + self.self_attn(self.input_layernorm(hidden), span)
             out, routing = self._feed_forward(self.post_attention_layernorm(hidden))
@@ -48,7 +51,9 @@ class Layer(nn.Module):
 class DecoderLayer(Layer):
     """One layer of the main model."""
 
-    def forward(self, hidden: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, hidden: Float[Tensor, "batch positions width"], span: Span
+    ) -> tuple[Float[Tensor, "batch positions width"], Routing | None]:
         """As `transform`."""
         return self.transform(hidden, span)
 
@@ -73,8 +78,13 @@ class PredictionLayer(Layer):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False, device=device, dtype=dtype)
         self.shared_head = SharedHead(config, device, dtype)
 
-    def forward(self, embedded: Tensor, hidden: Tensor, span: Span) -> tuple[Tensor, Routing | None]:
-        """Embeddings of tokens i + k and states at i, both [B, S - k, D], to states after shared_head.norm."""
+    def forward(
+        self,
+        embedded: Float[Tensor, "batch positions width"],
+        hidden: Float[Tensor, "batch positions width"],
+        span: Span,
+    ) -> tuple[Float[Tensor, "batch positions width"], Routing | None]:
+        """Embeddings of tokens i + k and states at i, for S - k positions, to states after shared_head.norm."""
         joined = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1))
         hidden, routing = self.transform(joined, span)
         return self.shared_head.norm(hidden), routing

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from benthic import ops
@@ -24,7 +25,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, width, device=device, dtype=dtype))
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Int64[Tensor, "*tokens"]) -> Float[Tensor, "*tokens width"]:
         return F.embedding(ids, self.weight)
 
 
@@ -36,5 +37,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
         return ops.rms_norm(x, self.weight, self.eps)

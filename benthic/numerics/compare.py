@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from benthic.errors import NumericsError
@@ -34,7 +35,9 @@ TOLERANCES: dict[str, Tolerance] = {
 }
 
 
-def largest_excess(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> tuple[float, tuple[int, ...]]:
+def largest_excess(
+    actual: Shaped[Tensor, "*shape"], expected: Shaped[Tensor, "*shape"], tolerance: Tolerance
+) -> tuple[float, tuple[int, ...]]:
     """The largest |actual - expected| as a multiple of what is allowed there, and where; infinite at a NaN."""
     difference = (actual.double() - expected.double()).abs()
     ratio = difference / (tolerance.absolute + tolerance.relative * expected.double().abs())

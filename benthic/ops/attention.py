@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Attention of `query` [B, S, H, Dq] over `key` [B, L, Hk, Dq] and `value` [B, L, Hk, Dv]: [B, S, H, Dv].
+def attention(
+    query: Float[Tensor, "batch positions heads key_width"],
+    key: Float[Tensor, "batch keys key_heads key_width"],
+    value: Float[Tensor, "batch keys key_heads value_width"],
+    scale: float,
+    mask: Bool[Tensor, "#batch positions keys"] | None = None,
+) -> Float[Tensor, "batch positions heads value_width"]:
+    """Softmax of scaled query-key products, over values.
 
-    Hk divides H; query head h reads key head h // (H / Hk). Without a mask, S must be L (causal) or 1 (sees all L).
+    Key heads Hk divide heads H; query head h reads key head h // (H / Hk). Without a mask, positions S must equal
+    keys L (causal) or 1 (sees all L).
     """
     length = query.shape[1]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H, S, Dq]
@@ -35,13 +43,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Ten
 
 
 def absorbed_attention(
-    query: Tensor, rotary_query: Tensor, latents: Tensor, expansion: Tensor, scale: float, mask: Tensor | None = None
-) -> Tensor:
-    """Latent attention that never expands keys or values (DeepSeek-V2, section 2.1.2): [B, S, H, V].
+    query: Float[Tensor, "batch positions heads no_position"],
+    rotary_query: Float[Tensor, "batch positions heads rotary"],
+    latents: Float[Tensor, "batch keys latent_and_rotary"],
+    expansion: Float[Tensor, "heads no_position_and_value latent_and_rotary-rotary"],
+    scale: float,
+    mask: Bool[Tensor, "#batch positions keys"] | None = None,
+) -> Float[Tensor, "batch positions heads no_position_and_value-no_position"]:
+    """Latent attention that never expands keys or values (DeepSeek-V2, section 2.1.2).
 
-    `query` [B, S, H, N] and `rotary_query` [B, S, H, R] look at `latents` [B, L, C + R] (latent, then rotated key)
-    through `expansion` [H, N + V, C], kv_b_proj's rows of each head. Costs 2 H (C + R) + 2 H C operations a
-    query-key pair instead of 2 H (N + R + V), and reads C + R numbers a key instead of H (N + R + V).
+    A row of `latents` is a latent [C], then a rotated key [R]; `expansion` [H, N + V, C] holds kv_b_proj's rows of
+    each head. Costs 2 H (C + R) + 2 H C operations a query-key pair instead of 2 H (N + R + V), and reads C + R
+    numbers a key instead of H (N + R + V).
     """
     batch, length, heads, width = query.shape
     rank = expansion.shape[-1]
@@ -60,17 +73,17 @@ def absorbed_attention(
     return values.transpose(0, 1).reshape(batch, length, heads, -1)
 
 
-def causal_mask(start: int, length: int, device: torch.device) -> Tensor | None:
-    """Keys that queries start .. start + length may see among start + length: bool [1, S, L], None where `attention`
-    knows by itself."""
+def causal_mask(start: int, length: int, device: torch.device) -> Bool[Tensor, "1 {length} {start}+{length}"] | None:
+    """Keys that queries start .. start + length may see among start + length; None where `attention` knows by
+    itself."""
     if start == 0 or length == 1:
         return None
     keys = torch.arange(start + length, device=device)
     return (keys <= keys[start:, None])[None]
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """Causal, and within one document: bool [B, S, S] from document numbers [B, S]."""
+def document_mask(documents: Int64[Tensor, "batch positions"]) -> Bool[Tensor, "batch positions positions"]:
+    """Causal, and within one document: which keys (last) a query sees, from document numbers."""
     length = documents.shape[1]
     same = documents[:, :, None] == documents[:, None, :]
     return same & torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()

@@ -11,15 +11,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """sum_k weights[t, k] * FFN of experts[t, k] at x[t]: [T, D] in x's dtype.
+def routed_experts(
+    x: Float[Tensor, "tokens width"],
+    experts: Int64[Tensor, "tokens chosen"],
+    weights: Float32[Tensor, "tokens chosen"],
+    gate_up_proj: Float[Tensor, "experts gate_and_up width"],
+    down_proj: Float[Tensor, "experts width gate_and_up//2"],
+) -> Float[Tensor, "tokens width"]:
+    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], in x's dtype.
 
-    `x` [T, D], `experts` int64 [T, K], `weights` float32 [T, K], `gate_up_proj` [E, 2F, D] (gate rows, then up rows),
-    `down_proj` [E, D, F]. An expert without tokens costs nothing and gets a zero gradient.
+    `gate_up_proj` [E, 2F, D] holds gate rows, then up rows. An expert without tokens costs nothing and gets a zero
+    gradient.
     """
     if x.device.type == "cpu":
         if len(x) == 1 and not torch.is_grad_enabled():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,11 +22,10 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 20}
 """Logits in a block: what a processor's cache holds; elsewhere 2^27, half a GiB of float32, keeps products large."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-    """Summed -log softmax(hidden @ weight.T)[target] as a float32 scalar, and how many targets counted.
-
-    `hidden` [T, D], `weight` [V, D], `targets` int64 [T]; a target of -100 is left out.
-    """
+def linear_cross_entropy(
+    hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "vocabulary width"], targets: Int64[Tensor, " tokens"]
+) -> tuple[Float32[Tensor, ""], int]:
+    """Summed -log softmax(hidden @ weight.T)[target], and how many targets counted; one of -100 is left out."""
     loss = _LinearCrossEntropy.apply(hidden, weight, targets)
     return loss, int((targets != IGNORED).sum())
 

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(
+    x: Float[Tensor, "*tokens width"], weight: Float[Tensor, " width"], eps: float
+) -> Float[Tensor, "*tokens width"]:
     """x / rms(x) * weight over the last dimension; computed in float32, returned in x's dtype."""
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
         # torch has no fused kernel for the processor, forwards or backwards: chains of small operations.

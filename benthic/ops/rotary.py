@@ -6,6 +6,7 @@ A pair of channels is one complex number and a rotation one product, so an inter
 from __future__ import annotations
 
 import torch
+from jaxtyping import Complex64, Float
 from torch import Tensor
 
 from benthic.config.model import ModelConfig
@@ -21,8 +22,8 @@ class RotaryTable:
         self.limit = config.max_position_embeddings
         self._tables: dict[torch.device, Tensor] = {}
 
-    def rows(self, start: int, length: int, device: torch.device) -> Tensor:
-        """Rotations of positions start .. start + length: complex64 [length, R / 2]."""
+    def rows(self, start: int, length: int, device: torch.device) -> Complex64[Tensor, "{length} {self.width}//2"]:
+        """Rotations of positions start .. start + length."""
         table = self._tables.get(device)
         if table is None or len(table) < start + length:
             table = self._tables[device] = self._compute(start + length, device)
@@ -37,8 +38,12 @@ class RotaryTable:
         return torch.complex(*rotation(self.rope, self.width, positions)).to(device)
 
 
-def rotary(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
-    """Rotate `x` [B, S, heads, R] by `table` complex64 [S, R / 2] in float32; channels keep their order and dtype."""
+def rotary(
+    x: Float[Tensor, "batch positions heads rotary"],
+    table: Complex64[Tensor, "positions rotary//2"],
+    interleaved: bool,
+) -> Float[Tensor, "batch positions heads rotary"]:
+    """Rotate `x` by `table` in float32; channels keep their order and dtype."""
     table = table[:, None]
     if interleaved:
         pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))

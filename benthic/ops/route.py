@@ -5,22 +5,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from benthic.config.model import ModelConfig
 
 
 class Routing(NamedTuple):
-    """Where tokens go: `scores` float32 [T, E] (sigmoid or softmax, before any bias), `experts` int64 [T, K] in no
-    particular order, `weights` float32 [T, K] that multiply the experts' outputs."""
+    """Where tokens go: `scores` (sigmoid or softmax, before any bias), `experts` in no particular order, and the
+    `weights` that multiply the experts' outputs."""
 
-    scores: Tensor
-    experts: Tensor
-    weights: Tensor
+    scores: Float32[Tensor, "tokens experts"]
+    experts: Int64[Tensor, "tokens chosen"]
+    weights: Float32[Tensor, "tokens chosen"]
 
 
-def route(logits: Tensor, bias: Tensor | None, config: ModelConfig) -> Routing:
-    """Experts of each token from router `logits` float32 [T, E] and the balancing `bias` float32 [E].
+def route(
+    logits: Float32[Tensor, "tokens experts"], bias: Float32[Tensor, " experts"] | None, config: ModelConfig
+) -> Routing:
+    """Experts of each token from router `logits` and the balancing `bias`.
 
     The bias moves the choice and never the weights (DeepSeek-V3, section 2.1.2).
     """

@@ -56,6 +56,7 @@ def test_bfloat16_follows_float32(name):
     assert (model(ids).float() - expected).abs().median() < 0.05
 
 
+@pytest.mark.usefixtures("_as_a_user")
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
@@ -80,6 +81,7 @@ def test_wrong_tokens_are_refused(ids, message):
         model(ids)
 
 
+@pytest.mark.usefixtures("_as_a_user")
 def test_what_a_cache_cannot_hold_is_refused():
     config = tiny(**CONFIGS["v3"])
     model, ids = randomised(config), tokens(config, 2, 8)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def visible(length: int, documents: Tensor | None = None) -> Tensor:
-    """Which keys a query sees: itself and those before it, within its document: bool [1 or B, S, S]."""
+def visible(
+    length: int, documents: Int64[Tensor, "batch positions"] | None = None
+) -> Bool[Tensor, "batch_or_1 positions positions"]:
+    """Which keys a query sees: itself and those before it, within its document."""
     causal = torch.ones(length, length, dtype=torch.bool).tril()[None]
     if documents is None:
         return causal
     return causal & (documents[:, :, None] == documents[:, None, :])
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """`query` [B, S, H, Dq], `key` [B, L, Hk, Dq], `value` [B, L, Hk, Dv], `mask` [B or 1, S, L]: [B, S, H, Dv].
-    Query head h reads key head h // (H / Hk)."""
+def attention(
+    query: Float[Tensor, "batch positions heads key_width"],
+    key: Float[Tensor, "batch keys key_heads key_width"],
+    value: Float[Tensor, "batch keys key_heads value_width"],
+    scale: float,
+    mask: Bool[Tensor, "#batch positions keys"],
+) -> Float[Tensor, "batch positions heads value_width"]:
+    """Softmax of scaled query-key products, over values. Query head h reads key head h // (heads / key_heads)."""
     shared = query.shape[2] // key.shape[2]
     key, value = key.repeat_interleave(shared, 2), value.repeat_interleave(shared, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
@@ -25,12 +33,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Ten
 
 
 def absorbed_attention(
-    query: Tensor, rotary_query: Tensor, latents: Tensor, expansion: Tensor, scale: float, mask: Tensor
-) -> Tensor:
-    """The same, for latent attention (DeepSeek-V2, section 2.1.2): [B, S, H, V].
+    query: Float[Tensor, "batch positions heads no_position"],
+    rotary_query: Float[Tensor, "batch positions heads rotary"],
+    latents: Float[Tensor, "batch keys latent_and_rotary"],
+    expansion: Float[Tensor, "heads no_position_and_value latent_and_rotary-rotary"],
+    scale: float,
+    mask: Bool[Tensor, "#batch positions keys"],
+) -> Float[Tensor, "batch positions heads no_position_and_value-no_position"]:
+    """The same, for latent attention (DeepSeek-V2, section 2.1.2).
 
-    `query` [B, S, H, N], `rotary_query` [B, S, H, R], `latents` [B, L, C + R], `expansion` [H, N + V, C] = W_UK over
-    W_UV. q . (W_UK c) = (W_UK^T q) . c, and W_UV leaves the sum over keys.
+    A row of `latents` is a latent [C], then a rotated key [R]; `expansion` [H, N + V, C] is W_UK over W_UV.
+    q . (W_UK c) = (W_UK^T q) . c, and W_UV leaves the sum over keys.
     """
     width, rank = query.shape[-1], expansion.shape[-1]
     key_rows, value_rows = expansion[:, :width], expansion[:, width:]

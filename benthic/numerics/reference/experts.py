@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """silu(gate) * up."""
     return gate * gate.sigmoid() * up
 
 
-def feed_forward(x: Tensor, gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """down(swiglu(gate x, up x)) with matrices [out, in]."""
+def feed_forward(
+    x: Float[Tensor, "*tokens width"],
+    gate_proj: Float[Tensor, "inner width"],
+    up_proj: Float[Tensor, "inner width"],
+    down_proj: Float[Tensor, "width inner"],
+) -> Float[Tensor, "*tokens width"]:
+    """down(swiglu(gate x, up x))."""
     return swiglu(x @ gate_proj.T, x @ up_proj.T) @ down_proj.T
 
 
-def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """sum_k weights[t, k] * FFN of experts[t, k] at x[t]: [T, D]. Shapes as in benthic.ops.routed_experts."""
+def routed_experts(
+    x: Float[Tensor, "tokens width"],
+    experts: Int64[Tensor, "tokens chosen"],
+    weights: Float[Tensor, "tokens chosen"],
+    gate_up_proj: Float[Tensor, "experts gate_and_up width"],
+    down_proj: Float[Tensor, "experts width gate_and_up//2"],
+) -> Float[Tensor, "tokens width"]:
+    """sum_k weights[t, k] * FFN of experts[t, k] at x[t]."""
     rows = []
     for token, chosen, weight in zip(x, experts.tolist(), weights, strict=True):
         gates_and_ups = [gate_up_proj[expert].chunk(2) for expert in chosen]

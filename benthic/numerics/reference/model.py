@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from benthic.config.model import LATENT_NORM_EPS, ModelConfig
@@ -22,18 +23,22 @@ Tensors = dict[str, Tensor]
 
 
 class Result(NamedTuple):
-    """`logits` [B, S, V], those of every prediction layer [B, S - k, V], and [T, K] experts by layer index."""
+    """`logits`, those of every prediction layer k = 1, 2 ... [B, S - k, V], and chosen experts by layer index."""
 
-    logits: Tensor
-    predictions: list[Tensor]
-    experts: dict[int, Tensor]
+    logits: Float[Tensor, "batch positions vocabulary"]
+    predictions: list[Float[Tensor, "batch _positions vocabulary"]]
+    experts: dict[int, Int64[Tensor, "tokens chosen"]]
 
 
 def forward(
-    tensors: Tensors, config: ModelConfig, input_ids: Tensor, documents: Tensor | None = None, absorbed: bool = False
+    tensors: Tensors,
+    config: ModelConfig,
+    input_ids: Int64[Tensor, "batch positions"],
+    documents: Int64[Tensor, "batch positions"] | None = None,
+    absorbed: bool = False,
 ) -> Result:
-    """The network at `input_ids` int64 [B, S]; `documents` int64 [B, S] keeps attention within one; `absorbed`
-    computes latent attention on the latents."""
+    """The network at `input_ids`; `documents` keeps attention within one; `absorbed` computes latent attention on the
+    latents."""
     embedding = tensors["model.embed_tokens.weight"]
     head = embedding if config.tie_word_embeddings else tensors["lm_head.weight"]
     network = _Network(tensors, config, absorbed)

@@ -13,6 +13,7 @@ rows of blocks, so that it needs little memory beside its result.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float8e4m3fn, Float32, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -25,9 +26,9 @@ SMALLEST_SCALE = 2.0**-126
 
 
 def quantise_blocks(
-    weight: Tensor, block: tuple[int, int] = BLOCK, power_of_two: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`weight` [R, C] -> (values float8_e4m3fn [R, C], scale_inv float32 [ceil(R / block), ceil(C / block)]).
+    weight: Float[Tensor, "rows columns"], block: tuple[int, int] = BLOCK, power_of_two: bool = False
+) -> tuple[Float8e4m3fn[Tensor, "rows columns"], Float32[Tensor, "row_blocks column_blocks"]]:
+    """Values, and scale_inv [ceil(R / block), ceil(C / block)].
 
     A block of zeros gets scale 1. `power_of_two` rounds scales up to powers of two. Raises NumericsError with the
     first position that is not finite, because one such element would spoil its whole block.
@@ -51,8 +52,11 @@ def _quantise_band(band: Tensor, width: int, power_of_two: bool) -> tuple[Tensor
 
 
 def dequantise_blocks(
-    values: Tensor, scale_inv: Tensor, block: tuple[int, int] = BLOCK, dtype: torch.dtype = torch.float32
-) -> Tensor:
+    values: Float[Tensor, "rows columns"],
+    scale_inv: Shaped[Tensor, "row_blocks column_blocks"],
+    block: tuple[int, int] = BLOCK,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "rows columns"]:
     """values [R, C] * scale_inv [ceil(R / block), ceil(C / block)], multiplied in fp32, then cast to `dtype`."""
     wanted = tuple(-(-size // length) for size, length in zip(values.shape, block, strict=True))
     if tuple(scale_inv.shape) != wanted:

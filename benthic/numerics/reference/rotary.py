@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 
 from benthic.config.model import RopeParameters
 
 
-def inverse_frequencies(rope: RopeParameters, width: int) -> Tensor:
-    """Angle per position of each pair: float32 [width / 2]. `width` is R, the number of rotating channels."""
+def inverse_frequencies(rope: RopeParameters, width: int) -> Float32[Tensor, " {width}//2"]:
+    """Angle per position of each pair. `width` is R, the number of rotating channels."""
     frequency = rope.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
     if rope.rope_type == "linear":
         return frequency / rope.factor
@@ -59,14 +60,21 @@ def _original_length(rope: RopeParameters) -> int:
     return rope.original_max_position_embeddings
 
 
-def rotation(rope: RopeParameters, width: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every pair at `positions` [S], YaRN's gain included: two float32 [S, width / 2]."""
+def rotation(
+    rope: RopeParameters, width: int, positions: Shaped[Tensor, " positions"]
+) -> tuple[Float32[Tensor, "positions {width}//2"], Float32[Tensor, "positions {width}//2"]]:
+    """cos and sin of every pair at `positions`, YaRN's gain included."""
     angle = positions.float()[:, None] * inverse_frequencies(rope, width).to(positions.device)
     return angle.cos() * rope.rotation_gain, angle.sin() * rope.rotation_gain
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate `x` [..., S, heads, R] by the table [S, R / 2]; channels keep their order."""
+def rotary(
+    x: Float[Tensor, "*batch positions heads rotary"],
+    cos: Float[Tensor, "positions rotary//2"],
+    sin: Float[Tensor, "positions rotary//2"],
+    interleaved: bool,
+) -> Float[Tensor, "*batch positions heads rotary"]:
+    """Rotate `x` by the table; channels keep their order."""
     cos, sin = cos[:, None], sin[:, None]
     if interleaved:
         a, b = x[..., 0::2], x[..., 1::2]

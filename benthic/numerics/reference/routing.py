@@ -8,13 +8,16 @@ softmax + group_limited     DeepSeek-V2, section 2.2.2: groups by their best
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from benthic.config.model import ModelConfig
 
 
-def route(logits: Tensor, bias: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [T, E], experts int64 [T, K] best first, and weights [T, K] of router `logits` [T, E]."""
+def route(
+    logits: Float[Tensor, "tokens experts"], bias: Float32[Tensor, " experts"] | None, config: ModelConfig
+) -> tuple[Float[Tensor, "tokens experts"], Int64[Tensor, "tokens chosen"], Float[Tensor, "tokens chosen"]]:
+    """Scores, experts best first, and weights of router `logits`."""
     scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
     biased = scores if bias is None else scores + bias
     experts = torch.tensor([_choose(row, config) for row in biased.tolist()])
@@ -28,10 +31,8 @@ def _choose(scores: list[float], config: ModelConfig) -> list[int]:
     groups = 1 if config.topk_method == "greedy" else config.n_group
     size = len(scores) // groups
     counted = 2 if config.topk_method == "noaux_tc" else 1
-
-    def group_score(group: int) -> float:
-        return sum(sorted(scores[group * size : (group + 1) * size], reverse=True)[:counted])
-
-    kept = sorted(range(groups), key=group_score, reverse=True)[: config.topk_group if groups > 1 else 1]
+    bests = [sorted(scores[first : first + size], reverse=True)[:counted] for first in range(0, len(scores), size)]
+    kept = sorted(range(groups), key=lambda group: sum(bests[group]), reverse=True)
+    kept = kept[: config.topk_group if groups > 1 else 1]
     candidates = [expert for expert in range(len(scores)) if expert // size in kept]
     return sorted(candidates, key=lambda expert: scores[expert], reverse=True)[: config.num_experts_per_tok]
