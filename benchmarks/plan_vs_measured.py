@@ -220,8 +220,8 @@ def predict_again(path: Path) -> None:
             measured_bandwidth=_rates({key: value for key, value in row["bandwidth_tera"].items() if key != "copy"}),
             launch_seconds=Rate(row["launch_microseconds"] / 1e6, "that run"),
         )
-        steps = [step_time(setting.model, setting.training, one) for one in (device, rated)]
-        row |= _ratios(memory, *steps, rated, row["measured"])
+        filed_step, rated_step = (step_time(setting.model, setting.training, one) for one in (device, rated))
+        row |= _ratios(memory, filed_step, rated_step, rated, row["measured"])
         print(show(row))
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -212,7 +212,7 @@ def _host(
         return _Host()
     if not config.n_routed_experts:
         return _Host(device.launch_seconds.value)
-    tokens = _call(training, layout).tokens / layout.tensor * layout.expert
+    tokens = math.ceil(_call(training, layout).tokens / layout.tensor) * layout.expert
     rows = tokens * config.num_experts_per_tok / max(1.0, expected_experts(config, tokens))
     return _Host(device.launch_seconds.value, 1 + GROUPED_TILE / 2 / rows)
 
