@@ -144,12 +144,12 @@ def kept_ratio(config: ModelConfig) -> float:
     training = Training(256, 2)
     model, _ = build(Setting(small, training))
     tokens = torch.zeros(training.micro_batch, training.sequence_length, dtype=torch.int64, device="cuda")
-    # Sizes alone: tensors would hold the graph that holds this function, for good.
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        # Detached: an output that its own operation keeps would hold that operation, and both would stay for good.
+        return tensor.detach()
 
     depths = small.num_nextn_predict_layers
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
