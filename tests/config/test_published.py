@@ -99,6 +99,27 @@ def test_a_config_that_benthic_cannot_hold_is_refused_by_field(changes, message)
     assert "somewhere/config.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        (
+            "deepseek-v3",
+            "q_lora_rank n_routed_experts n_shared_experts num_experts_per_tok first_k_dense_replace n_group",
+        ),
+        ("kimi-k2", "topk_group routed_scaling_factor max_position_embeddings"),
+        ("deepseek-v2-lite", "q_lora_rank num_experts_per_tok first_k_dense_replace"),
+        ("deepseek-moe-16b", "n_routed_experts num_experts_per_tok first_k_dense_replace"),
+        ("olmo2-7b", "max_position_embeddings"),
+    ],
+)
+def test_a_size_that_is_not_stated_is_never_guessed(name, keys):
+    for key in keys.split():
+        data = published(name)
+        del data[key]
+        with pytest.raises(ConfigError, match=f"missing: {key}"):
+            config_from_published(data)
+
+
 def test_unknown_names_and_broken_files_are_clear_errors(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'deepseek-v3'"):
         ModelConfig.from_pretrained("deepsek-v3")
