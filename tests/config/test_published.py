@@ -161,6 +161,13 @@ def test_a_model_is_written_as_a_published_architecture_only_when_it_computes_th
     assert config_from_published(config_to_published(config)) == config
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_the_gain_of_latent_attention_is_written_with_every_kind_of_rotation(kind):
+    rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 4096, "mscale_all_dim": 0.7}
+    config = ModelConfig.from_pretrained("deepseek-v3").replace(rope_parameters=rope)
+    assert config_from_published(config_to_published(config)).softmax_scale == config.softmax_scale
+
+
 def test_fp8_configs_of_transformers_are_read_as_the_released_ones():
     released = published("deepseek-v3")
     theirs = released["quantization_config"] | {
