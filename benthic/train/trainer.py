@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from benthic.checkpoint import load_into
 from benthic.config.train import TrainConfig
 from benthic.data import Batch, Loader, prepare
-from benthic.errors import ConfigError, RunError
+from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
@@ -110,6 +111,11 @@ class Trainer:
     def validate(self, display: Lines, max_tokens: int | None) -> None:
         """Measure on held-out text and add a validation row."""
         found = self._validation(max_tokens)
+        if not math.isfinite(found.loss):
+            raise NumericsError(
+                f"the loss on held-out text is {found.loss} after update {self.step}, though every update was finite",
+                hint="the state saved before is intact; start a new run with a lower optimizer.learning_rate",
+            )
         row: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,

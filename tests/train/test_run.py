@@ -184,6 +184,23 @@ def test_a_value_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(
     run(small_run(), tmp_path / "run", resume=True)
 
 
+def test_a_validation_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, monkeypatch):
+    from benthic.train import trainer
+
+    real = trainer.validate
+
+    def broken(*arguments):
+        found = real(*arguments)
+        found.nats = float("nan")
+        return found
+
+    monkeypatch.setattr(trainer, "validate", broken)
+    with pytest.raises(NumericsError, match="the loss on held-out text is nan after update 5"):
+        run(small_run(), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_a_full_disk_ends_the_run_with_the_older_state_in_place(tmp_path, monkeypatch):
     from benthic.train import state
 
