@@ -153,6 +153,12 @@ def _fields(data: dict[str, Any], family: str) -> dict[str, Any]:
     # DeepSeek's own inference files write "no query compression" as 0.
     if not fields.get("q_lora_rank", True):
         del fields["q_lora_rank"]
+    if family == "deepseek_v2" and fields["norm_topk_prob"] and fields.get("routed_scaling_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"norm_topk_prob is true beside routed_scaling_factor {fields['routed_scaling_factor']}: DeepSeek-V2's own "
+            "code then leaves the factor out, others apply it",
+            hint="set routed_scaling_factor to 1.0, or norm_topk_prob to false as in every released V2",
+        )
     fields["rope_parameters"] = _rope(data, fields["max_position_embeddings"])
     if isinstance(fields.get("quantization_config"), dict):
         fields["quantization_config"] = _quantization(fields["quantization_config"])

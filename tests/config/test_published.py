@@ -120,6 +120,13 @@ def test_a_size_that_is_not_stated_is_never_guessed(name, keys):
             config_from_published(data)
 
 
+def test_a_v2_router_that_readers_disagree_about_is_refused():
+    data = published("deepseek-v2") | {"norm_topk_prob": True}
+    with pytest.raises(ConfigError, match="norm_topk_prob is true beside routed_scaling_factor 16.0"):
+        config_from_published(data)
+    assert config_from_published(data | {"routed_scaling_factor": 1.0}).norm_topk_prob
+
+
 def test_unknown_names_and_broken_files_are_clear_errors(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'deepseek-v3'"):
         ModelConfig.from_pretrained("deepsek-v3")
