@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benthic.checkpoint import load_into
+from benthic.checkpoint import load_into, open_checkpoint
+from benthic.config.model import ModelConfig
 from benthic.config.train import TrainConfig
 from benthic.data import Batch, Loader, prepare
 from benthic.errors import ConfigError, NumericsError, RunError
@@ -63,7 +64,9 @@ class Trainer:
         if self.config.start_from is None:
             initialise(self.model, self.config.seed)
             return
-        load_into(self.model, self.config.start_from)
+        checkpoint = open_checkpoint(self.config.start_from)
+        _refuse_other_mathematics(checkpoint.config, self.config.model, self.config.start_from)
+        load_into(self.model, checkpoint)
         logger.info("weights of %s", self.config.start_from)
 
     def weights(self) -> dict[str, Tensor]:
@@ -203,6 +206,24 @@ class Trainer:
             bias.copy_(state.weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"])
         if self.average is not None:
             self.average.load(state.average or state.weights)
+
+
+def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: str) -> None:
+    """Weights fit by their shapes alone; what else decides the numbers must be what they were trained with.
+
+    Rotation and length may change (context extension), and what no forward pass reads.
+    """
+    free = {"rope_parameters", "max_position_embeddings", "initializer_range", "dtype", "quantization_config"}
+    # A head's width is one of the shapes, whether it is stated or implied.
+    free |= {"bos_token_id", "eos_token_id", "pad_token_id", "aux_loss_alpha", "seq_aux", "head_dim"}
+    names = [name for name in ModelConfig.model_fields if name not in free]
+    changed = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
+    if changed:
+        told = "; ".join(f"{name} was {getattr(stored, name)!r}, is {getattr(wanted, name)!r}" for name in changed)
+        raise ConfigError(
+            f"the model in {folder} computes otherwise than this run's: {told}",
+            hint=f"take model: {folder} in the config, and change its rotation and length alone",
+        )
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

@@ -122,7 +122,7 @@ def test_a_size_that_is_not_stated_is_never_guessed(name, keys):
 
 def test_a_v2_router_that_readers_disagree_about_is_refused():
     data = published("deepseek-v2") | {"norm_topk_prob": True}
-    with pytest.raises(ConfigError, match="norm_topk_prob is true beside routed_scaling_factor 16.0"):
+    with pytest.raises(ConfigError, match=r"norm_topk_prob is true beside routed_scaling_factor 16\.0"):
         config_from_published(data)
     assert config_from_published(data | {"routed_scaling_factor": 1.0}).norm_topk_prob
 

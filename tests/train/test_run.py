@@ -286,6 +286,16 @@ def test_a_run_may_start_from_another_models_weights_with_longer_context(finishe
     assert first < rows(finished.folder)[0]["loss"] - 0.3
 
 
+def test_weights_of_a_model_that_computes_otherwise_are_refused(finished, tmp_path):
+    config = small_run(
+        model=small_model(routed_scaling_factor=7.0, rms_norm_eps=1e-2),
+        start_from=str(finished.model),
+        data=small_run().data.replace(tokenizer=str(finished.model)),
+    )
+    with pytest.raises(ConfigError, match=r"rms_norm_eps was 1e-06, is 0\.01; routed_scaling_factor was 1\.0, is 7\.0"):
+        run(config, tmp_path / "other")
+
+
 def test_cuda_without_a_gpu_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="torch sees no GPU"):
