@@ -71,7 +71,30 @@ def _plan_vs_measured(result: dict[str, Any]) -> Iterator[str]:
         )
 
 
-ROWS = {"train": _train, "plan_vs_measured": _plan_vs_measured}
+def _kernels_fp8(result: dict[str, Any]) -> Iterator[str]:
+    """Groups of even length, each beside its fastest peer; quantisation of large tensors beside a copy."""
+    machine = result["machine"]
+    where = f"{machine['gpu']}, torch {machine['versions']['torch']}, Triton {machine['versions']['triton']}"
+    cases: dict[str, dict[str, dict]] = {}
+    for row in result["rows"]:
+        cases.setdefault(row["case"], {})[row["subject"]] = row
+    for case, subjects in cases.items():
+        ours = min((row for name, row in subjects.items() if "benthic" in name), key=_seconds, default=None)
+        peer = min((row for name, row in subjects.items() if "benthic" not in name), key=_seconds, default=None)
+        if ours is not None and peer is not None and " even " in case:
+            what = f"{case.replace(' even', '')} ({ours['subject'].removeprefix('benthic ')})"
+            speeds = f"{ours['tflops']:,.0f} TFLOP/s", f"{peer['subject']}: {peer['tflops']:,.0f}"
+            yield _row(what, *speeds, f"{peer['seconds'] / ours['seconds']:.2f}", where, machine["commit"])
+        elif ours is not None and ours.get("share_of_copy_rate") and (" 8x" in case or " 32768" in case):
+            speed = f"{ours['gigabytes_a_second'] / 1e3:.2f} TB/s"
+            yield _row(case, speed, "a copy: 4.22", f"{ours['share_of_copy_rate']:.2f}", where, machine["commit"])
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    return row["seconds"]
+
+
+ROWS = {"train": _train, "plan_vs_measured": _plan_vs_measured, "kernels_fp8": _kernels_fp8}
 
 
 def _row(*cells: str) -> str:

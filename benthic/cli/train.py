@@ -9,7 +9,8 @@ from benthic.config.override import override
 from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError, did_you_mean
 
-FLAGS = ("--run-folder", "--resume", "--plan-only", "--show-config", "--help", "-h")
+FLAGS = ("--run-folder", "--resume", "--plan-only", "--plan-device", "--show-config", "--help", "-h")
+VALUED = ("--run-folder", "--plan-device")
 
 EPILOG = """\
 Every setting is an option by its dotted name, `--show-config` lists them with their values:
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
         print(config.to_yaml(), end="")
         return 0
     if options.plan_only:
-        print(outline(config))
+        print_plan(config, options.plan_device)
         return 0
     from benthic.train.run import run
 
@@ -52,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", nargs="?", help="name of a recipe, or path of a config.yaml")
     parser.add_argument("--run-folder", type=Path, help="where the run is kept (runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
-    parser.add_argument("--plan-only", action="store_true", help="print size and cost of the run, train nothing")
+    parser.add_argument("--plan-only", action="store_true", help="print what the run takes, train nothing")
+    parser.add_argument("--plan-device", default="cpu", help="where --plan-only plans it: cpu, h100, h200 ... (cpu)")
     parser.add_argument("--show-config", action="store_true", help="print the whole config as YAML, train nothing")
     return parser
 
@@ -66,7 +68,7 @@ def split_settings(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         name, equals, value = argument.partition("=")
         if name in FLAGS:
             own.append(argument)
-            if name == "--run-folder" and not equals:
+            if name in VALUED and not equals:
                 own += [one for one in [next(rest, None)] if one is not None]
         elif name.startswith("--"):
             path = name.removeprefix("--")
@@ -97,24 +99,25 @@ def _base(recipe: str | None, folder: Path | None, resume: bool) -> TrainConfig:
     return find_recipe(recipe)()
 
 
-def outline(config: TrainConfig) -> str:
-    """Size and cost of a run in a few lines, from the config alone."""
-    from benthic.plan.flops import training_flops_per_token
-    from benthic.plan.parameters import count_parameters
-    from benthic.train.schedule import planned_tokens
+def print_plan(config: TrainConfig, device: str) -> None:
+    """Size, memory, time of a run on a device of the planner, from the config alone."""
+    from benthic.plan.devices import find_device
+    from benthic.train.fit import plan_run
 
-    model, length = config.model, config.data.sequence_length
-    count, tokens = count_parameters(model), planned_tokens(config)
-    flops = training_flops_per_token(model, length, include_mtp=True)
-    # float32 masters, gradients and two moments; bfloat16 weights come on top where matrices are multiplied in them.
-    state_bytes = (count.total + count.mtp_unique) * (16 + (2 if config.precision.compute == "bfloat16" else 0))
+    plan = plan_run(config, find_device(device))
+    count, step, memory = plan.parameters, plan.step, plan.memory
     rows = {
         "run": config.name,
         "parameters": f"{count.total:,}, {count.active:,} active for a token; {count.mtp_unique:,} more predict ahead",
-        "updates": f"{config.steps:,}",
-        "tokens": f"{tokens:,}",
-        "FLOPs a token": f"{flops:.3e}",
-        "FLOPs": f"{flops * tokens:.3e}",
-        "weights, gradients, moments": f"{state_bytes / 2**30:.3f} GiB",
+        "updates": f"{config.steps:,}, {plan.tokens:,} tokens",
+        "FLOPs": f"{step.flops / step.tokens:.3e} a token, {step.flops / step.tokens * plan.tokens:.3e} in all",
+        "device": plan.device.title,
+        "memory": f"{memory.total / 2**30:.2f} GiB at {memory.moment}, of {plan.device.memory_bytes / 2**30:.0f} GiB"
+        + ("" if plan.fits else ": DOES NOT FIT"),
+        **{f"  {part}": f"{size / 2**30:.3f} GiB" for part, size in memory.by_part.items()},
+        "time": f"{step.total:.3f} s an update, {step.tokens / step.total:,.0f} tokens/s, {plan.hours:,.2f} hours",
+        **{f"  {part}": f"{seconds:.4f} s" for part, seconds in step.by_part.items() if seconds},
     }
-    return "\n".join(f"{name:<28}{value}" for name, value in rows.items())
+    for name, text in rows.items():
+        print(f"{name:<24}{text}")
+    print("assumed: " + "; ".join(step.assumptions))

@@ -12,6 +12,7 @@ from benthic.config.manifest import parameters
 from benthic.config.model import ModelConfig
 from benthic.errors import CapacityError, ConfigError
 from benthic.model import LanguageModel
+from benthic.model.room import available_bytes
 
 
 def load_model(
@@ -64,23 +65,10 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def _refuse_small_device(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-    available = _available_bytes(device)
+    available = available_bytes(device)
     needed = sum(row.size for row in parameters(config)) * dtype.itemsize
     if available is not None and needed > available:
         raise CapacityError(
             f"the model needs {needed / 2**30:.1f} GiB in {dtype}; {device} has {available / 2**30:.1f} GiB available",
             hint="load it in torch.bfloat16 where that is smaller, or choose a smaller model",
         )
-
-
-def _available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device; None where the system does not tell."""
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise CapacityError("device is 'cuda', but torch finds no CUDA GPU", hint="use device='cpu'")
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024

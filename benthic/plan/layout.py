@@ -179,13 +179,13 @@ def _largest_fit(
         tried = replace(training, recomputation=recomputation)
         most = _largest(1, training.micro_batch, lambda n, tried=tried: fits(replace(tried, micro_batch=n)))
         if most:
-            return f"what fits: micro_batch {most} with recomputation {recomputation!r}"
+            return f"what fits: micro-batches of {most}, recomputation {recomputation!r}"
     piece = min(64, training.sequence_length)
     last = replace(training, micro_batch=1, recomputation=(training.recomputation, *recomputations)[-1])
     pieces = training.sequence_length // piece
     length = piece * _largest(1, pieces, lambda n: fits(replace(last, sequence_length=n * piece)))
     if length:
-        return f"what fits: micro_batch 1, sequence_length {length}, recomputation {last.recomputation!r}"
+        return f"what fits: micro-batches of 1, sequences of {length}, recomputation {last.recomputation!r}"
     shortest = replace(last, sequence_length=piece)
     every = config.num_hidden_layers
     layers = _largest(1, every - 1, lambda n: fits(shortest, config.replace(num_hidden_layers=n)))

@@ -13,7 +13,9 @@ import torch
 from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
+from benthic.model.room import available_bytes
 from benthic.train.export import Facts, export
+from benthic.train.fit import require_room
 from benthic.train.folder import RunFolder
 from benthic.train.progress import Lines, shown
 from benthic.train.signals import StopRequest, stop_requests
@@ -41,6 +43,7 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
     loss or gradient that is not finite, CapacityError for a full disk.
     """
     config = resolved(config)
+    _check_room(config)
     with RunFolder.open(Path(folder), config, resume) as place, stop_requests() as stop:
         trainer = Trainer(config, place)
         if resume:
@@ -73,6 +76,18 @@ def resolved(config: TrainConfig) -> TrainConfig:
         compute = "bfloat16" if device == "cuda" else "float32"
         logger.info("compute %s, float32 master weights: the default on %s", compute, device)
     return config.replace(device=device, precision=config.precision.replace(compute=compute))
+
+
+def _check_room(config: TrainConfig) -> None:
+    """Refuse what cannot fit before anything is written; say what was found otherwise."""
+    device = torch.device(config.device)
+    available = available_bytes(device)
+    if available is None:
+        logger.info("memory: this system does not tell how much is free, so nothing is checked")
+        return
+    title = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    memory = require_room(config, title, available)
+    logger.info("memory: %.2f GiB planned, %.1f GiB free on %s", memory.total / 2**30, available / 2**30, title)
 
 
 def _train(trainer: Trainer, stop: StopRequest) -> None:

@@ -52,8 +52,26 @@ def test_plan_only_states_size_and_cost_and_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "parameters" in done.stdout
-    assert "FLOPs a token" in done.stdout
+    for part in ("parameters", "FLOPs", "memory", "activations", "time", "tokens/s", "assumed"):
+        assert part in done.stdout
+
+
+def test_plan_only_says_when_a_device_is_too_small(capsys):
+    big = ["train", "tiny", "--model", "deepseek-v2-lite", "--data.sequence_length", "4096", "--plan-only"]
+    assert main([*big, "--plan-device", "h200"]) == 0
+    assert "of 139 GiB: DOES NOT FIT" in capsys.readouterr().out
+    assert main([*big, "--plan-device", "h2000"]) == 2
+    assert "unknown device 'h2000'" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["train", "tiny", "--model", "deepseek-v2-lite", "--run-folder", str(folder)]) == 2
+    shown = capsys.readouterr().err
+    assert "training needs" in shown
+    assert "hint: what fits" in shown
+    assert "--batch.micro_sequences" in shown
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_missing_folder_says_what_to_do(tmp_path):
 
 def test_too_large_a_model_is_refused_before_memory_is_taken(tmp_path, model, monkeypatch):
     benthic.save_model(model, tmp_path)
-    monkeypatch.setattr(pretrained, "_available_bytes", lambda device: 1000)
+    monkeypatch.setattr(pretrained, "available_bytes", lambda device: 1000)
     with pytest.raises(CapacityError, match=r"the model needs 0.0 GiB in torch.bfloat16; cpu has 0.0 GiB available"):
         benthic.load_model(tmp_path)
 

@@ -66,8 +66,8 @@ def test_wrong_questions_are_refused(objective, gpus, part):
 @pytest.mark.parametrize(
     ("layers", "training", "recomputations", "start"),
     [
-        (8, Training(4096, 16), ("none",), "what fits: micro_batch 11 with recomputation 'none'"),
-        (10, Training(65536, 1), ("none",), "what fits: micro_batch 1, sequence_length "),
+        (8, Training(4096, 16), ("none",), "what fits: micro-batches of 11, recomputation 'none'"),
+        (10, Training(65536, 1), ("none",), "what fits: micro-batches of 1, sequences of "),
         (27, Training(4096, 4), ("none", "layer"), "what fits: 13 of 27 layers"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benthic.config.train import BalanceConfig, BatchConfig
+from benthic.config.train import BalanceConfig, BatchConfig, OptimizerConfig
 from benthic.data import Batch
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
@@ -111,7 +111,9 @@ def test_an_update_is_the_same_in_micro_batches_loads_included(tmp_path: Path):
     results = []
     for size in (4, 1):
         model = small()
-        config = small_run(batch=BatchConfig(sequences=4, micro_sequences=size))
+        # A large epsilon: with a small one the first step is the gradient's sign, which rounding decides near zero.
+        adam = OptimizerConfig(learning_rate=1e-3, epsilon=1e-2)
+        config = small_run(batch=BatchConfig(sequences=4, micro_sequences=size), optimizer=adam)
         optimizer = Optimizer(model, config.optimizer)
         done = update(model, optimizer, random_batch(), Place(4, 0, 12), config, tmp_path)
         results.append((done, model.state_dict()))
@@ -123,7 +125,7 @@ def test_an_update_is_the_same_in_micro_batches_loads_included(tmp_path: Path):
     assert sum(one.loads[2].tolist()) == 4 * (LENGTH - 1) * 2
     assert other.loss == pytest.approx(one.loss, rel=1e-6)
     for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-6, msg=name)
 
 
 def test_recomputation_in_the_backward_pass_counts_no_load_twice(tmp_path: Path):

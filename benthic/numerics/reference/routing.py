@@ -31,10 +31,8 @@ def _choose(scores: list[float], config: ModelConfig) -> list[int]:
     groups = 1 if config.topk_method == "greedy" else config.n_group
     size = len(scores) // groups
     counted = 2 if config.topk_method == "noaux_tc" else 1
-
-    def group_score(group: int) -> float:
-        return sum(sorted(scores[group * size : (group + 1) * size], reverse=True)[:counted])
-
-    kept = sorted(range(groups), key=group_score, reverse=True)[: config.topk_group if groups > 1 else 1]
+    bests = [sorted(scores[first : first + size], reverse=True)[:counted] for first in range(0, len(scores), size)]
+    kept = sorted(range(groups), key=lambda group: sum(bests[group]), reverse=True)
+    kept = kept[: config.topk_group if groups > 1 else 1]
     candidates = [expert for expert in range(len(scores)) if expert // size in kept]
     return sorted(candidates, key=lambda expert: scores[expert], reverse=True)[: config.num_experts_per_tok]

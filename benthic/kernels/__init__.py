@@ -1,0 +1,1 @@
+"""Triton and Gluon kernels: one operation a file, its reference of the same name in benthic.numerics.reference."""
