@@ -39,13 +39,11 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with a mark when files differ from it."""
-    folder = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or "no git checkout"
+    """The checkout's commit, with a mark when files differ from it; where no repository came along, what the
+    environment's BENTHIC_COMMIT says."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        found = ""
+    return found.strip() or os.environ.get("BENTHIC_COMMIT") or "no git checkout"

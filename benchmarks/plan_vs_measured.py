@@ -1,10 +1,11 @@
 """Predicted against measured: memory and time of real training steps on one GPU.
 
     python benchmarks/plan_vs_measured.py [--settings NAME ...] [--steps 5] [--output FILE]
+    python benchmarks/plan_vs_measured.py --again FILE
 
 Each setting trains a real LanguageModel with the real optimiser on random tokens. Memory is compared with
 torch.cuda.max_memory_allocated. Time is predicted twice: from the device file, and from rates of single kernels
-measured in this run at the setting's shapes (matrix product, grouped product, attention, copy), never from the step.
+measured in this run at the setting's shapes (kernel_rates.py), never from the step.
 A step whose gradient is not finite ends the benchmark.
 """
 
@@ -14,32 +15,28 @@ import argparse
 import gc
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benthic import ops  # noqa: E402
+from benchmarks.kernel_rates import with_measured_rates  # noqa: E402
+from benchmarks.machine import describe  # noqa: E402
 from benthic.config.model import ModelConfig  # noqa: E402
 from benthic.config.train import BalanceConfig, OptimizerConfig  # noqa: E402
 from benthic.data.loader import Batch  # noqa: E402
 from benthic.errors import NumericsError  # noqa: E402
 from benthic.model import LanguageModel  # noqa: E402
 from benthic.plan.activations import layer_activations  # noqa: E402
-from benthic.plan.devices import DEVICES, Device, Rate  # noqa: E402
-from benthic.plan.layer_time import attention_backward_products  # noqa: E402
+from benthic.plan.devices import DEVICES, Device, Rate, find_device  # noqa: E402
 from benthic.plan.memory import TrainingMemory, training_memory  # noqa: E402
 from benthic.plan.training import Training  # noqa: E402
 from benthic.plan.training_time import StepTime, step_time  # noqa: E402
@@ -130,96 +127,6 @@ def measure(setting: Setting, steps: int) -> dict:
     }
 
 
-def seconds_of(work: Callable[[], object], repeats: int = 10) -> float:
-    """Median seconds of GPU work."""
-    for _ in range(3):
-        work()
-    found = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(found)
-
-
-def with_measured_rates(device: Device, setting: Setting) -> Device:
-    """`device` with rates of single kernels, measured now at this setting's shapes."""
-    config, training = setting.model, setting.training
-    tokens, width = training.micro_batch * training.sequence_length, config.hidden_size
-    rates = dict(device.measured) | _matmul_rates(tokens, width, config) | _attention_rates(training, config)
-    if config.n_routed_experts:
-        rates |= _grouped_rates(tokens, config)
-    large = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda")
-    copied = torch.empty_like(large)
-    bandwidth = 2 * large.nbytes / seconds_of(lambda: copied.copy_(large))
-    return replace(device, measured=rates, memory_bandwidth=Rate(bandwidth, "copy of 2 GiB, this run"))
-
-
-def _matmul_rates(tokens: int, width: int, config: ModelConfig) -> dict:
-    x = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda")
-    inner = config.num_attention_heads * config.value_head_dim
-    weight = torch.randn(inner, width, dtype=torch.bfloat16, device="cuda")
-    grad = torch.randn(tokens, inner, dtype=torch.bfloat16, device="cuda")
-    flops = 2 * tokens * width * inner
-    found = {
-        ("matmul", "bf16"): flops / seconds_of(lambda: x @ weight.t()),
-        ("weight_gradient", "bf16"): flops / seconds_of(lambda: grad.t() @ x),
-    }
-    if config.n_routed_experts:
-        router = torch.randn(config.n_routed_experts, width, device="cuda")
-        floats = x.float()
-        flops = 2 * tokens * width * config.n_routed_experts
-        found["matmul", "fp32"] = flops / seconds_of(lambda: floats @ router.t())
-        scores = floats @ router.t()
-        found["weight_gradient", "fp32"] = flops / seconds_of(lambda: scores.t() @ floats)
-    return {key: Rate(value, "this run, the setting's shapes") for key, value in found.items()}
-
-
-def _attention_rates(training: Training, config: ModelConfig) -> dict:
-    shape = (training.micro_batch, training.sequence_length)
-    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
-    options = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
-    query = torch.randn(*shape, heads, config.query_head_dim, **options)
-    key = torch.randn(*shape, key_heads, config.query_head_dim, **options)
-    value = torch.randn(*shape, key_heads, config.value_head_dim, **options)
-    out = ops.attention(query, key, value, config.softmax_scale)
-    grad = torch.randn_like(out)
-    with torch.no_grad():
-        forward = seconds_of(lambda: ops.attention(query, key, value, config.softmax_scale))
-    backward = seconds_of(lambda: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True))
-    widths = config.query_head_dim + config.value_head_dim
-    flops = shape[0] * shape[1] ** 2 * heads * widths
-    return {
-        ("attention", "bf16"): Rate(flops / forward, "this run, the setting's shapes"),
-        ("attention_backward", "bf16"): Rate(
-            attention_backward_products(config) * flops / backward, "this run, the setting's shapes"
-        ),
-    }
-
-
-def _grouped_rates(tokens: int, config: ModelConfig) -> dict:
-    experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-    rows = tokens * config.num_experts_per_tok
-    offsets = torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts)
-    offsets[-1] = rows
-    options = {"dtype": torch.bfloat16, "device": "cuda"}
-    x, hidden = torch.randn(rows, width, **options), torch.randn(rows, inner, **options)
-    gate_up, down = torch.randn(experts, 2 * inner, width, **options), torch.randn(experts, width, inner, **options)
-    wide = torch.randn(rows, 2 * inner, **options)
-    flops = 2 * rows * width * 3 * inner
-    forward = seconds_of(lambda: F.grouped_mm(x, gate_up.transpose(1, 2), offs=offsets))
-    forward += seconds_of(lambda: F.grouped_mm(hidden, down.transpose(1, 2), offs=offsets))
-    weight = seconds_of(lambda: F.grouped_mm(wide.t(), x, offs=offsets))
-    weight += seconds_of(lambda: F.grouped_mm(x.t(), hidden, offs=offsets))
-    return {
-        ("grouped", "bf16"): Rate(flops / forward, "this run, the setting's shapes"),
-        ("grouped_weight_gradient", "bf16"): Rate(flops / weight, "this run, the setting's shapes"),
-    }
-
-
 def this_device() -> Device:
     """The device file's entry for this GPU."""
     name = torch.cuda.get_device_name().lower()
@@ -237,10 +144,11 @@ def kept_ratio(config: ModelConfig) -> float:
     training = Training(256, 2)
     model, _ = build(Setting(small, training))
     tokens = torch.zeros(training.micro_batch, training.sequence_length, dtype=torch.int64, device="cuda")
-    storages: dict[int, torch.Tensor] = {}
+    # Sizes alone: tensors would hold the graph that holds this function, for good.
+    storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     depths = small.num_nextn_predict_layers
@@ -248,26 +156,12 @@ def kept_ratio(config: ModelConfig) -> float:
         states = model.states(tokens, num_predictions=depths)
     fixed = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), tokens)}
     # Router weights in float32 and rotations do not grow with tokens.
-    counted = sum(
-        tensor.untyped_storage().nbytes()
-        for pointer, tensor in storages.items()
-        if pointer not in fixed and tensor.untyped_storage().nbytes() % tokens.numel() == 0
-    )
+    counted = sum(size for pointer, size in storages.items() if pointer not in fixed and size % tokens.numel() == 0)
     layers = range(small.num_hidden_layers + depths)
     per_token = sum(one.bytes for layer in layers for one in layer_activations(small, layer, "bf16", "none"))
     del states, model
     clear()
     return (per_token + 2 * small.hidden_size + 4) * tokens.numel() / counted
-
-
-def commit() -> str:
-    """The tree's commit, or that it is unknown where no repository came along."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def compare(name: str, setting: Setting, device: Device, steps: int) -> dict:
@@ -276,7 +170,7 @@ def compare(name: str, setting: Setting, device: Device, steps: int) -> dict:
     row = {"setting": name, "predicted_bytes": round(memory.allocated), "moment": memory.moment}
     if memory.total > torch.cuda.get_device_properties(0).total_memory:
         return row | {"left_out": f"predicted {memory.total / 2**30:.1f} GiB, more than this GPU has"}
-    rated = with_measured_rates(device, setting)
+    rated = with_measured_rates(device, setting.model, setting.training)
     clear()
     filed_step = step_time(setting.model, setting.training, device)
     rated_step = step_time(setting.model, setting.training, rated)
@@ -301,10 +195,39 @@ def _ratios(memory: TrainingMemory, filed: StepTime, rated: StepTime, device: De
         "time_ratio_from_rates_measured_here": rated.total / seconds,
         "seconds_by_part": {f"{term.part}: {term.name}": term.value for term in rated.lines},
         "rates_tera": {" ".join(key): rate.value / 1e12 for key, rate in device.measured.items()},
-        "bandwidth_tera": device.memory_bandwidth.value / 1e12,
+        "bandwidth_tera": {"copy": device.memory_bandwidth.value / 1e12}
+        | {kind: rate.value / 1e12 for kind, rate in device.measured_bandwidth.items()},
+        "launch_microseconds": device.launch_seconds.value * 1e6,
         "tokens_per_second": rated.tokens / seconds,
         "model_tflops": rated.flops / seconds / 1e12,
     }
+
+
+def predict_again(path: Path) -> None:
+    """Rewrite a result with the planner's and the device file's predictions of today beside what was measured then."""
+    result, known = json.loads(path.read_text(encoding="utf-8")), settings()
+    device = find_device(result["device"])
+    for row in result["rows"]:
+        setting = known[row["setting"]]
+        memory = training_memory(setting.model, setting.training)
+        row |= {"predicted_bytes": round(memory.allocated), "moment": memory.moment}
+        if "measured" not in row:
+            continue
+        rated = replace(
+            device,
+            measured=_rates({tuple(key.split()): value for key, value in row["rates_tera"].items()}),
+            memory_bandwidth=Rate(row["bandwidth_tera"]["copy"] * 1e12, "that run"),
+            measured_bandwidth=_rates({key: value for key, value in row["bandwidth_tera"].items() if key != "copy"}),
+            launch_seconds=Rate(row["launch_microseconds"] / 1e6, "that run"),
+        )
+        filed_step, rated_step = (step_time(setting.model, setting.training, one) for one in (device, rated))
+        row |= _ratios(memory, filed_step, rated_step, rated, row["measured"])
+        print(show(row))
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _rates(tera: dict) -> dict:
+    return {key: Rate(value * 1e12, "that run") for key, value in tera.items()}
 
 
 def clear() -> None:
@@ -333,29 +256,33 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", choices=list(known), default=list(known), metavar="NAME")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--again", type=Path, metavar="FILE", help="predict again what this result measured; no GPU")
     arguments = parser.parse_args()
+    if arguments.again:
+        return predict_again(arguments.again)
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA GPU")
     device = this_device()
     result = {
-        "benchmark": "plan_vs_measured",
-        "hardware": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
-        "commit": commit(),
+        "name": "plan_vs_measured",
+        "machine": describe(("torch", "triton"))
+        | {"gpu": torch.cuda.get_device_name(), "command": "python " + " ".join(sys.argv)},
+        "device": device.name,
         "steps": arguments.steps,
         "kept_bytes_ratio": {name: kept_ratio(known[name].model) for name in arguments.settings},
         "rows": [],
     }
     for name, ratio in result["kept_bytes_ratio"].items():
         print(f"{name:58} bytes kept between forward and backward, predicted / counted: {ratio:.3f}")
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"plan_vs_measured_{device.name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'':58} memory: predicted, measured, ratio   time: device file, rates measured here, measured, two ratios")
     for name in arguments.settings:
         row = compare(name, known[name], device, arguments.steps)
         result["rows"].append(row)
         print(show(row), flush=True)
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"plan_vs_measured_{device.name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        # After every setting: a run that is cut off leaves what it had measured.
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {output}")
 
 

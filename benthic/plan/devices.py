@@ -8,7 +8,7 @@ peak of the device named in `like` and says so, so that every time the planner p
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from benthic.errors import ConfigError, did_you_mean
 
@@ -18,6 +18,27 @@ Work = Literal[
 ]
 """Kinds of arithmetic whose rates differ: matrix products (forward and input gradient), their weight gradients,
 the same over experts, causal attention over a sequence, its backward, and attention of new tokens over a cache."""
+
+MemoryWork = Literal[
+    "elementwise",
+    "widen",
+    "narrow",
+    "accumulate",
+    "broadcast",
+    "strided",
+    "join",
+    "gather",
+    "scatter_add",
+    "norm",
+    "reduction",
+    "softmax",
+    "optimizer",
+]
+"""Kinds of memory-bound torch kernels whose bandwidths differ: contiguous arrays of one dtype; bfloat16 to float32;
+float32 to bfloat16; adding bfloat16 to float32 in place; a product with a row's or column's factor; parts of rows;
+joining parts of rows; copying rows by number; adding rows by number (atomic, and read before they are written); RMS
+norm, both passes; sums and maxima; softmax to float32; the fused optimiser over many arrays."""
+MEMORY_WORKS: tuple[MemoryWork, ...] = get_args(MemoryWork)
 
 GIB = 2**30
 TERA = 1e12
@@ -39,6 +60,8 @@ class Device:
     `memory_bytes` is what torch reports as total memory, rounded down. `measured` maps (work, precision) to a rate
     reached with real shapes. `node_bandwidth` is the link inside a node (NVLink), `network_bandwidth` the one between
     nodes, both as achieved by all-to-all where known. `dollars_per_hour` is an assumption to be overridden.
+    `memory_bandwidth` is that of a large copy, `measured_bandwidth` what other kinds of kernels reach, reads and writes
+    counted. `launch_seconds` is the least time between two kernels that torch launches one after another.
     """
 
     name: str
@@ -51,7 +74,9 @@ class Device:
     devices_per_node: int
     dollars_per_hour: Rate
     multiprocessors: int
+    launch_seconds: Rate
     measured: dict[tuple[Work, Precision], Rate] = field(default_factory=dict)
+    measured_bandwidth: dict[MemoryWork, Rate] = field(default_factory=dict)
     like: str | None = None
 
     def rate(self, work: Work, precision: Precision) -> Rate:
@@ -67,6 +92,17 @@ class Device:
             share = found.value / model.peak[precision]
             return Rate(share * self.peak[precision], f"{share:.0%} of peak, as on {model.title} ({found.source})")
         return Rate(0.5 * self.peak[precision], "assumed 50% of peak: nobody measured it")
+
+    def bandwidth(self, kind: MemoryWork) -> Rate:
+        """Bytes/s to expect of a kind of memory-bound kernel."""
+        if found := self.measured_bandwidth.get(kind):
+            return found
+        model = DEVICES[self.like] if self.like else self
+        if found := model.measured_bandwidth.get(kind):
+            share = found.value / model.memory_bandwidth.value
+            source = f"assumed: {share:.0%} of a copy, as on {model.title} ({found.source})"
+            return Rate(share * self.memory_bandwidth.value, source)
+        return Rate(self.memory_bandwidth.value, "assumed: as fast as a copy")
 
 
 _HOPPER_PEAK: dict[Precision, float] = {"fp8": 1978.9 * TERA, "bf16": 989.4 * TERA, "fp32": 66.9 * TERA}
@@ -93,6 +129,24 @@ _H800_MEASURED: dict[tuple[Work, Precision], Rate] = {
     ("attention_backward", "bf16"): Rate(455 * TERA, "DeepSeek's published trace, 112 multiprocessors"),
     ("decode", "bf16"): Rate(660 * TERA, "FlashMLA README, compute-bound"),
 }
+# Single kernels, each alone, at the shapes of seven training settings of three models: the median.
+_KERNEL_RATES = "benchmarks/kernel_rates.py, median of seven settings, torch 2.11, H200"
+_H200_BANDWIDTH: dict[MemoryWork, Rate] = {
+    "elementwise": Rate(4.27 * TERA, f"product of two bf16 arrays, {_KERNEL_RATES}"),
+    "widen": Rate(2.15 * TERA, f"bf16 to float32, {_KERNEL_RATES}"),
+    "narrow": Rate(2.15 * TERA, "assumed: as bf16 to float32, the same kind of torch kernel"),
+    "accumulate": Rate(2.15 * TERA, "assumed: as bf16 to float32, the same kind of torch kernel"),
+    "broadcast": Rate(2.71 * TERA, f"rows times a factor each, {_KERNEL_RATES}"),
+    "strided": Rate(1.92 * TERA, f"silu(gate) * up of halves of rows, {_KERNEL_RATES}"),
+    "join": Rate(0.95 * TERA, f"torch.cat of a query's two parts, {_KERNEL_RATES}"),
+    "gather": Rate(4.0 * TERA, f"index_select of rows, {_KERNEL_RATES}"),
+    "scatter_add": Rate(0.73 * TERA, f"index_add_ of bf16 rows, {_KERNEL_RATES}"),
+    "norm": Rate(2.63 * TERA, f"RMS norm and its backward, {_KERNEL_RATES}"),
+    "reduction": Rate(3.70 * TERA, f"sum over choices, {_KERNEL_RATES}"),
+    "softmax": Rate(0.89 * TERA, f"softmax of bf16 logits in float32, {_KERNEL_RATES}"),
+    "optimizer": Rate(3.46 * TERA, f"fused AdamW, {_KERNEL_RATES}"),
+}
+_LAUNCH = Rate(8.2e-6, f"adding 1 to one number 1000 times from Python, {_KERNEL_RATES}")
 _ASSUMED_PRICE = "assumption: rental by the hour"
 
 _H200 = Device(
@@ -106,7 +160,9 @@ _H200 = Device(
     devices_per_node=8,
     dollars_per_hour=Rate(3.0, _ASSUMED_PRICE),
     multiprocessors=132,
+    launch_seconds=_LAUNCH,
     measured=_H200_MEASURED,
+    measured_bandwidth=_H200_BANDWIDTH,
 )
 _H100 = replace(
     _H200,
@@ -115,7 +171,9 @@ _H100 = replace(
     memory_bytes=79 * GIB,
     memory_bandwidth=Rate(2.95 * TERA, "88% of the datasheet's 3.35 TB/s, the share measured on H200"),
     dollars_per_hour=Rate(2.0, _ASSUMED_PRICE),
+    launch_seconds=replace(_LAUNCH, source="assumed: as measured beside an H200"),
     measured={},
+    measured_bandwidth={},
     like="h200",
 )
 _H800 = replace(
@@ -161,6 +219,7 @@ _CPU = Device(
     devices_per_node=1,
     dollars_per_hour=Rate(0.1, _ASSUMED_PRICE),
     multiprocessors=2,
+    launch_seconds=Rate(2e-6, "assumed: calling a torch operation"),
 )
 
 DEVICES: dict[str, Device] = {one.name: one for one in (_H800, _H100, _H200, _B200, _A100, _CPU)}

@@ -1,12 +1,14 @@
 """Time of one layer's micro-batch on one rank, piece by piece.
 
 A matrix product takes the longer of FLOPs / rate and bytes / bandwidth. Attention's backward does five products to the
-forward's two. Memory-bound work takes its bytes over the bandwidth, or, where a profile of the real system says what
-share of the time it takes, that share. Exchange is counted apart: schedules differ in what they hide.
+forward's two. Memory-bound work takes its bytes over the bandwidth of its kind of kernel (traffic.py), or, where a
+profile of the real system says what share of the time it takes, that share. No kernel of the plain path takes less
+time than launching it. Exchange is counted apart: schedules differ in what they hide.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -23,19 +25,32 @@ from benthic.plan.communication import (
 )
 from benthic.plan.devices import Device
 from benthic.plan.holdings import layer_holding
+from benthic.plan.kernels import Kernels, moving_seconds
 from benthic.plan.operations import (
     Call,
     Operation,
     backward_operations,
+    expected_experts,
     forward_operations,
     recomputed_operations,
 )
-from benthic.plan.traffic import accumulation_bytes, layer_traffic, loss_traffic
-from benthic.plan.training import Training
+from benthic.plan.traffic import (
+    accumulation_traffic,
+    embedding_traffic,
+    embedding_weight_traffic,
+    head_traffic,
+    head_weight_traffic,
+    layer_traffic,
+)
+from benthic.plan.training import LOGITS_AT_A_TIME, Training
 
 OVERLAP_STALL = 129.0 / 124.0 - 1
 """What an overlapped forward and backward pair takes beyond its computation: 129.0 ms with 124 ms of busy compute
 stream in DeepSeek's published trace (profile-data, train.json)."""
+
+
+GROUPED_TILE = 128
+"""Rows of a grouped product's tile: an expert's last one is computed whole, half of it empty on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +71,7 @@ class Overheads:
     memory_share: float | None = None
     overlap_stall: float = OVERLAP_STALL
     group_limit: bool = True
-    source: str = "bytes of the plain path over the device's bandwidth"
+    source: str = "bytes of the plain path over the bandwidth of each kind of kernel"
 
 
 def layer_pieces(
@@ -66,10 +81,11 @@ def layer_pieces(
     call = _call(training, layout)
     forward = _layer_operations(config, training, layout, call, layer)
     again = recomputed_operations(forward, training.recomputation)
+    host = _host(config, training, device, layout, overheads)
     arithmetic = [
-        *_timed(forward, device, "forward"),
-        *_timed(again, device, "backward"),
-        *_timed(_as_computed(config, backward_operations(forward)), device, "backward"),
+        *_timed(forward, device, "forward", host),
+        *_timed(again, device, "backward", host),
+        *_timed(_as_computed(config, backward_operations(forward)), device, "backward", host),
     ]
     arithmetic = [replace(piece, seconds=piece.seconds / layout.tensor) for piece in arithmetic]
     if overheads.memory_share is None:
@@ -90,9 +106,40 @@ def head_pieces(
     seconds = flops / device.rate("matmul", precision).value
     found = [Piece("head", "forward", seconds), Piece("head", "backward", seconds)]
     found.append(Piece("head", "weight", flops / device.rate("weight_gradient", precision).value))
-    moved = heads * tokens * loss_traffic(config, training.precision) / layout.tensor
-    found.append(Piece("memory-bound", "forward", moved / device.memory_bandwidth.value))
+    blocks = math.ceil(tokens / max(1, LOGITS_AT_A_TIME // config.vocab_size))
+    kernels = heads * head_traffic(config, training.precision, blocks)
+    shared = head_weight_traffic(training.precision, blocks, heads)
+    size = config.vocab_size * config.hidden_size / layout.tensor
+    for phase in ("forward", "backward"):
+        found += _moving(kernels, phase, tokens / layout.tensor, device, training)
+        found += _moving(shared, phase, size, device, training)
+    return found if training.precision == "fp8" else [*found, *_accumulation(size, device, training)]
+
+
+def embedding_pieces(
+    config: ModelConfig, training: Training, device: Device, layout: ParallelConfig, overheads: Overheads
+) -> list[Piece]:
+    """The input embedding's micro-batch; nothing where a profile says what memory-bound work takes, or all is fused."""
+    if overheads.memory_share is not None or training.precision == "fp8":
+        return []
+    tokens = _call(training, layout).tokens / layout.tensor
+    size = config.vocab_size * config.hidden_size / layout.tensor
+    kernels, whole = embedding_traffic(config, training.precision), embedding_weight_traffic(training.precision)
+    found = [] if config.tie_word_embeddings else _accumulation(size, device, training)
+    for phase in ("forward", "backward"):
+        found += _moving(kernels, phase, tokens, device, training) + _moving(whole, phase, size, device, training)
     return found
+
+
+def _accumulation(elements: float, device: Device, training: Training) -> list[Piece]:
+    added = accumulation_traffic(training.precision, training.micro_batches)
+    return [replace(one, phase="weight") for one in _moving(added, "backward", elements, device, training)]
+
+
+def _moving(kernels: Iterable[Kernels], phase: str, items: float, device: Device, training: Training) -> list[Piece]:
+    chosen = [one for one in kernels if one.phase == phase]
+    times = moving_seconds(chosen, items, device, training.precision, training.expert_imbalance)
+    return [Piece(part, phase, seconds) for part, seconds in times.items()]
 
 
 def _call(training: Training, layout: ParallelConfig) -> Call:
@@ -146,13 +193,39 @@ def _as_computed(config: ModelConfig, backward: Iterable[Operation]) -> list[Ope
     return [replace(one, flops=one.flops * factor) if one.work == "attention_backward" else one for one in backward]
 
 
-def _timed(operations: Iterable[Operation], device: Device, phase: str) -> list[Piece]:
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What the plain path adds to its products: the time of a launch, and computed over useful rows of grouped ones."""
+
+    launch_seconds: float = 0.0
+    padding: float = 1.0
+
+
+_LAUNCHES = {"attention_backward": 3, "attention": 2, "grouped": 2, "grouped_weight_gradient": 2}
+"""Kernels of a product, where there are more than one: what prepares and what ends them."""
+
+
+def _host(
+    config: ModelConfig, training: Training, device: Device, layout: ParallelConfig, overheads: Overheads
+) -> _Host:
+    if overheads.memory_share is not None or training.precision == "fp8":
+        return _Host()
+    if not config.n_routed_experts:
+        return _Host(device.launch_seconds.value)
+    tokens = math.ceil(_call(training, layout).tokens / layout.tensor) * layout.expert
+    rows = tokens * config.num_experts_per_tok / max(1.0, expected_experts(config, tokens))
+    return _Host(device.launch_seconds.value, 1 + GROUPED_TILE / 2 / rows)
+
+
+def _timed(operations: Iterable[Operation], device: Device, phase: str, host: _Host) -> list[Piece]:
     found = []
     for one in operations:
         if one.work == "memory":
             continue
-        computing = one.total_flops / device.rate(one.work, one.precision).value
-        seconds = max(computing, one.total_bytes / device.memory_bandwidth.value)
+        padding = host.padding if one.work == "grouped" else 1.0
+        computing = padding * one.total_flops / device.rate(one.work, one.precision).value
+        launching = one.count * _LAUNCHES.get(one.work, 1) * host.launch_seconds
+        seconds = max(computing, one.total_bytes / device.memory_bandwidth.value, launching)
         is_weight = one.work in ("weight_gradient", "grouped_weight_gradient")
         part = "routed experts" if one.part == "routed" else "other matrices"
         if one.work in ("attention", "attention_backward"):
@@ -170,18 +243,18 @@ def _plain_traffic(
 ) -> list[Piece]:
     tokens = _call(training, layout).tokens / layout.tensor
     dropped = DROPPED_ROLES[training.recomputation]
-    forward = backward = 0.0
-    for one in layer_traffic(config, layer, training.precision):
-        rows = 1 + training.expert_imbalance if one.name in ("rows to experts", "rows back") else 1.0
-        repeated = one.role in dropped or (one.block == "attention" and "attention" in dropped)
-        forward += one.forward * rows
-        backward += (one.backward + one.forward * repeated) * rows
-    bandwidth = device.memory_bandwidth.value
-    found = [Piece("memory-bound", "forward", tokens * forward / bandwidth)]
-    found.append(Piece("memory-bound", "backward", tokens * backward / bandwidth))
+    kernels = layer_traffic(config, layer, training.precision)
+    again = [
+        replace(one, phase="backward")
+        for one in kernels
+        if one.phase == "forward" and (one.role in dropped or (one.block == "attention" and "attention" in dropped))
+    ]
     elements = layer_holding(config, layout, layer).elements
-    found.append(Piece("memory-bound", "weight", elements * accumulation_bytes(training.precision) / bandwidth))
-    return found
+    return [
+        *_moving(kernels, "forward", tokens, device, training),
+        *_moving([*kernels, *again], "backward", tokens, device, training),
+        *_accumulation(elements, device, training),
+    ]
 
 
 def _casts(forward: Iterable[Operation], device: Device, layout: ParallelConfig) -> list[Piece]:

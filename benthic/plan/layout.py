@@ -97,7 +97,7 @@ def fitting(
             continue
         for recomputation in recomputations:
             tried = replace(training, micro_batches=count, recomputation=recomputation)
-            key = (layout.tensor, layout.expert, recomputation)
+            key = (layout.tensor, layout.expert, recomputation, count)
             if key not in pieces:
                 pieces[key] = all_pieces(config, tried, device, layout, Overheads())
             step = assemble(config, tried, device, layout, sequences, count, pieces[key], Overheads())

@@ -17,11 +17,7 @@ from benthic.plan.activations import Block, Saved, element_bytes, layer_activati
 from benthic.plan.holdings import Holding, Rank
 from benthic.plan.ledger import Group, Ledger
 from benthic.plan.pipeline import chunks_in_flight
-from benthic.plan.training import Training
-
-LOGITS_AT_A_TIME = 1 << 27
-"""Logits the loss holds in a block on a GPU (ops/linear_cross_entropy.py)."""
-
+from benthic.plan.training import LOGITS_AT_A_TIME, Training
 
 _Groups = dict[Block, Group]
 

@@ -14,6 +14,10 @@ TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
 RECOMPUTATIONS: tuple[Recomputation, ...] = get_args(Recomputation)
 
 
+LOGITS_AT_A_TIME = 1 << 27
+"""Logits that the loss holds at once on a GPU (ops/linear_cross_entropy.py)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Training:
     """What training keeps and computes. `micro_batch` is in sequences; with `micro_batches` above 1 gradients

@@ -12,12 +12,13 @@ from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.plan.breakdown import Breakdown, Term
 from benthic.plan.communication import synchronisation_seconds
-from benthic.plan.devices import Device, Precision, Work
+from benthic.plan.devices import MEMORY_WORKS, Device, Precision, Work
 from benthic.plan.flops import training_flops_per_token
 from benthic.plan.holdings import pipeline_rank, stages_of_rank
-from benthic.plan.layer_time import Overheads, Piece, head_pieces, layer_pieces
+from benthic.plan.kernels import moving_seconds
+from benthic.plan.layer_time import GROUPED_TILE, Overheads, Piece, embedding_pieces, head_pieces, layer_pieces
 from benthic.plan.pipeline import StageTime, bubble, cut
-from benthic.plan.traffic import update_bytes
+from benthic.plan.traffic import update_traffic
 from benthic.plan.training import Training
 
 OVERLAPPING = ("dualpipe", "dualpipev")
@@ -88,6 +89,7 @@ def all_pieces(
         if kind not in kinds:
             kinds[kind] = layer_pieces(config, training, device, layout, layer, overheads)
         pieces.append(kinds[kind])
+    pieces[0] = [*pieces[0], *embedding_pieces(config, training, device, layout, overheads)]
     pieces[-1] = [*pieces[-1], *head_pieces(config, training, device, layout, overheads)]
     return pieces
 
@@ -170,10 +172,11 @@ def _synchronisation(
             seconds, formula = synchronisation_seconds(layout, device, ranks, weight * elements, 4 * elements, count)
             terms.append(Term("synchronisation", f"gradients and weights, {name}", formula, seconds))
     state = held.sharded(layout) if layout.zero >= 1 else held.elements
-    moved = update_bytes(training.precision)
-    seconds = state * moved / device.memory_bandwidth.value
-    formula = f"{state:,.0f} elements x {moved:.0f} B / {device.memory_bandwidth.value / 1e12:.3g} TB/s"
-    terms.append(Term("update", "optimiser", formula, seconds))
+    for one in update_traffic(training.precision):
+        seconds = sum(moving_seconds([one], state, device, training.precision).values())
+        rate = state * one.bytes / seconds
+        formula = f"{state:,.0f} elements x {one.bytes:.0f} B / {rate / 1e12:.3g} TB/s"
+        terms.append(Term("update", one.name, formula, seconds))
     return terms
 
 
@@ -184,7 +187,13 @@ def _assumptions(device: Device, training: Training, overheads: Overheads) -> tu
     used: list[tuple[Work, Precision]] = [(work, training.precision) for work in matrices]
     used += [(work, core) for work in attention]
     rates = [(work, precision, device.rate(work, precision)) for work, precision in used]
-    return (
-        *(f"{work}, {precision}: {rate.value / 1e12:.0f} TFLOP/s ({rate.source})" for work, precision, rate in rates),
-        f"memory-bound work: {overheads.source}",
-    )
+    found = [f"{work}, {precision}: {rate.value / 1e12:.0f} TFLOP/s ({rate.source})" for work, precision, rate in rates]
+    found.append(f"memory-bound work: {overheads.source}")
+    if overheads.memory_share is None and training.precision != "fp8":
+        for kind in MEMORY_WORKS:
+            bandwidth = device.bandwidth(kind)
+            found.append(f"{kind} kernels: {bandwidth.value / 1e12:.2f} TB/s ({bandwidth.source})")
+        launch = device.launch_seconds
+        found.append(f"a kernel takes {launch.value * 1e6:.1f} us or longer ({launch.source})")
+        found.append(f"grouped products work in tiles of {GROUPED_TILE} rows")
+    return tuple(found)

@@ -18,6 +18,8 @@ from benthic.plan.kv_cache import (
 )
 from benthic.plan.parameters import count_parameters, stored_bytes, stored_format
 from benthic.plan.replay import replay
+from benthic.plan.training import Training
+from benthic.plan.training_time import step_time
 
 PAGE = Path(__file__).parents[2] / "docs" / "numbers.md"
 TOKENS_OF_V3, HOURS_OF_V3 = 14.8e12, 2.664e6
@@ -83,6 +85,19 @@ def replayed(name):
     return predicted_run()[name]
 
 
+def v2_lite(layers):
+    return load("deepseek-v2-lite").replace(num_hidden_layers=layers)
+
+
+v3_widths = load("deepseek-v3").replace(
+    num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=16, n_group=1, topk_group=1, vocab_size=32768
+)
+
+
+def step_milliseconds(config, length, sequences, **options):
+    return 1e3 * step_time(config, Training(length, sequences, **options), find_device("h200")).total
+
+
 def prediction_active(heads):
     return parameters("deepseek-v3").mtp_active + heads * parameters("deepseek-v3").embedding
 
@@ -115,6 +130,13 @@ def as_printed(value, pattern):
 @pytest.mark.parametrize(("what", "published", "computed", "expression"), ROWS, ids=[f"{r[0]}: {r[3]}" for r in ROWS])
 def test_the_page_prints_what_the_planner_computes(what, published, computed, expression):
     assert as_printed(eval(expression, globals()), computed) == computed
+
+
+def test_predicted_steps_are_within_fifteen_percent_of_measured_ones():
+    steps = [(float(measured), float(computed)) for _, measured, computed, expression in ROWS if "step_" in expression]
+    assert len(steps) == 7
+    for measured, computed in steps:
+        assert computed == pytest.approx(measured, rel=0.15)
 
 
 def test_every_table_row_is_checked():

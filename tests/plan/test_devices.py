@@ -3,7 +3,7 @@
 import pytest
 
 from benthic.errors import ConfigError
-from benthic.plan.devices import DEVICES, find_device
+from benthic.plan.devices import DEVICES, MEMORY_WORKS, find_device
 
 WORKS = ["matmul", "weight_gradient", "grouped", "grouped_weight_gradient", "attention", "attention_backward", "decode"]
 
@@ -32,6 +32,25 @@ def test_a_rate_nobody_measured_takes_the_share_measured_elsewhere_and_says_so()
     rate = find_device("b200").rate("matmul", "bf16")
     assert rate.value == pytest.approx(783 / 989.4 * 2250e12)
     assert rate.source.startswith("79% of peak, as on NVIDIA H200")
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_kind_of_memory_bound_kernel_has_a_bandwidth_near_or_below_a_copy_s_and_a_source(name):
+    device = find_device(name)
+    for kind in MEMORY_WORKS:
+        rate = device.bandwidth(kind)
+        assert 0 < rate.value <= 1.02 * device.memory_bandwidth.value
+        assert rate.source
+    assert 1e-6 <= device.launch_seconds.value < 1e-4
+    assert device.launch_seconds.source
+
+
+def test_a_bandwidth_nobody_measured_is_the_share_of_a_copy_measured_elsewhere_and_says_assumed():
+    rate = find_device("h100").bandwidth("scatter_add")
+    assert rate.value == pytest.approx(0.73 / 4.22 * 2.95e12)
+    assert rate.source.startswith("assumed: 17% of a copy, as on NVIDIA H200")
+    cpu = find_device("cpu").bandwidth("join")
+    assert (cpu.value, cpu.source) == (20e9, "assumed: as fast as a copy")
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones():

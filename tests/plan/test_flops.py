@@ -95,12 +95,12 @@ def test_training_equals_a_counter_over_forward_and_backward(name, grouped):
     assert counted == matrix_flops([*forward, *backward_operations(forward)])
 
 
-def test_the_experts_loop_of_the_cpu_counts_the_weighted_sum_beside_the_products():
+def test_the_experts_loop_of_the_cpu_multiplies_as_much_as_the_grouped_product():
     config = SMALL["v3"]
     model, tokens = build(config)
-    weighted_sum = 2 * tokens.numel() * config.num_experts_per_tok * config.hidden_size * config.num_expert_layers
+    # Its weighted sum is a lookup (embedding_bag), which is no product to a counter or to the planner.
     counted = count(lambda: model(tokens))
-    assert counted == matrix_flops(forward_operations(config, whole_sequences(2, 12, "full"))) + weighted_sum
+    assert counted == matrix_flops(forward_operations(config, whole_sequences(2, 12, "full")))
 
 
 def test_mtp_equals_a_counter_over_the_prediction_layer(grouped):

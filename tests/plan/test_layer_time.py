@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benthic.config import ModelConfig
 from benthic.config.parallel import ParallelConfig
-from benthic.plan.devices import DEVICES
+from benthic.plan.devices import DEVICES, Rate
 from benthic.plan.layer_time import Overheads, head_pieces, layer_pieces
+from benthic.plan.traffic import layer_traffic
 from benthic.plan.training import Training
 
 V3 = ModelConfig.from_pretrained("deepseek-v3")
-H800 = DEVICES["h800"]
+LITE = ModelConfig.from_pretrained("deepseek-v2-lite")
+H200, H800 = DEVICES["h200"], DEVICES["h800"]
 LAYOUT = ParallelConfig.parse("pp=16,schedule=dualpipe,fsdp=128,zero=1,ep=64")
 TRAINING = Training(4096, precision="fp8", recomputation="up_projections")
 TRACE = {
@@ -62,9 +66,41 @@ def test_a_prediction_layer_joins_two_states_and_needs_a_second_head():
 def test_fp8_pays_for_casts_and_saves_the_sum_in_float32():
     def memory_bound(training: Training) -> float:
         pieces = layer_pieces(V3, training, H800, LAYOUT, 30, Overheads())
-        return sum(piece.seconds for piece in pieces if piece.part == "memory-bound")
+        return sum(piece.seconds for piece in pieces if piece.part.startswith("memory-bound"))
 
     narrow, wide = memory_bound(TRAINING), memory_bound(Training(4096, recomputation="up_projections"))
     # Bytes counted from the operations come near what the trace spent on them.
     assert 4 * narrow == pytest.approx(0.261 * 0.124, rel=0.25)
     assert narrow < wide
+
+
+def test_small_layers_on_the_plain_path_take_the_time_of_their_launches():
+    def seconds(training: Training) -> float:
+        pieces = layer_pieces(LITE, training, H200, ParallelConfig(), 5, Overheads())
+        return sum(piece.seconds for piece in pieces)
+
+    one, two = seconds(Training(1)), seconds(Training(2))
+    # Weights' bytes aside, nothing but launches: twice the tokens take hardly longer.
+    assert 1 < two / one < 1.05
+    launches = sum(one.launches for one in layer_traffic(LITE, 5, "bf16"))
+    assert one > launches * H200.launch_seconds.value
+    assert seconds(Training(4096, 4)) > 10 * one
+
+
+def test_experts_with_few_rows_compute_tiles_they_do_not_need():
+    def grouped(training: Training, part: str) -> float:
+        pieces = layer_pieces(LITE, training, H200, ParallelConfig(), 5, Overheads())
+        return sum(one.seconds for one in pieces if one.part == part and one.phase == "forward")
+
+    few, many = (grouped(Training(2048, batch), "routed experts") / batch for batch in (1, 16))
+    # 192 rows an expert fill 1.5 tiles of 128, 3072 rows 24.
+    assert few / many == pytest.approx((1 + 64 / 192) / (1 + 64 / 3072), rel=0.01)
+
+
+def test_a_trace_replaces_every_rate_of_the_plain_path():
+    slow = replace(H200, launch_seconds=Rate(1.0, "test"), measured_bandwidth={"elementwise": Rate(1.0, "test")})
+    measured, other = (
+        layer_pieces(LITE, Training(4096), device, ParallelConfig(), 5, Overheads(memory_share=0.3))
+        for device in (H200, slow)
+    )
+    assert measured == other

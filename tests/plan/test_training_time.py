@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benthic.config import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError
-from benthic.plan.devices import DEVICES, Rate
+from benthic.plan.devices import DEVICES, MEMORY_WORKS, Rate
 from benthic.plan.flops import training_flops_per_token
 from benthic.plan.layer_time import Overheads
 from benthic.plan.training import Training
@@ -56,7 +56,7 @@ def test_faster_memory_and_links_never_slow_a_step_down():
     layout = ParallelConfig(shard=16, expert=16)
     training = Training(4096)
     slow = step_time(LITE, training, H200, layout)
-    wide = replace(H200, memory_bandwidth=Rate(1e13, "test"))
+    wide = replace(H200, measured_bandwidth={kind: Rate(1e13, "test") for kind in MEMORY_WORKS})
     near = replace(H200, network_bandwidth=Rate(4e11, "test"))
     assert step_time(LITE, training, wide, layout).total < slow.total
     assert step_time(LITE, training, near, layout).total < slow.total
@@ -100,3 +100,15 @@ def test_rates_and_their_sources_are_among_the_assumptions():
     text = "\n".join(step_time(LITE, Training(4096), H200).assumptions)
     assert "grouped, bf16: 620 TFLOP/s (torch F.grouped_mm" in text
     assert "memory-bound work: bytes of the plain path" in text
+    assert "scatter_add kernels: 0.73 TB/s (index_add_ of bf16 rows, benchmarks/kernel_rates.py" in text
+    assert "a kernel takes 8.2 us or longer (adding 1 to one number" in text
+    fused = "\n".join(step_time(V3, Training(4096, precision="fp8"), H800).assumptions)
+    assert "kernels:" not in fused
+
+
+def test_the_memory_bound_part_is_told_by_kind_of_kernel():
+    lines = {line.name: line.value for line in step_time(LITE, Training(4096, 4), H200).lines}
+    kinds = [name for name in lines if name.startswith("memory-bound, ")]
+    assert {"memory-bound, scatter_add", "memory-bound, join", "memory-bound, elementwise"} < set(kinds)
+    # Atomic additions of expert rows take longer than anything moved at the speed of a copy.
+    assert max(kinds, key=lines.__getitem__) == "memory-bound, scatter_add"
