@@ -8,8 +8,10 @@ untouched; killed after it, the next save finishes the move, and until then a re
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -39,8 +41,10 @@ def staged(folder: Path, num_bytes: int) -> Iterator[Path]:
         prefix = f".{folder.name}.partial-{socket.gethostname()}-"
         _remove_abandoned(parent, prefix)
         _refuse_full_disk(parent, num_bytes)
-        stage = parent / f"{prefix}{os.getpid()}"
+        stage = parent / f"{prefix}{secrets.token_hex(4)}"
         stage.mkdir()
+        lock = os.open(stage, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         with storage_errors(folder):
             yield stage
@@ -54,6 +58,8 @@ def staged(folder: Path, num_bytes: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -99,21 +105,20 @@ def _current_files(last: Path) -> set[str]:
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed processes of this machine left behind."""
+    """Remove what killed processes of this machine left behind.
+
+    Whoever is writing holds a lock on its folder, which the kernel lets go of when the process ends. Process ids tell
+    less: a container gives the same one to each process it starts.
+    """
     for path in parent.glob(f"{escape(prefix)}*"):
-        process = path.name.removeprefix(prefix)
-        if process.isdigit() and not _is_running(int(process)):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(handle)
 
 
 def _refuse_full_disk(parent: Path, num_bytes: int) -> None:

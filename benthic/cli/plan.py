@@ -64,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Print a plan, or several side by side."""
     options = make_parser().parse_args(arguments)
+    _refuse_ignored(options)
     if options.list:
         _list(options.json)
         return 0
@@ -94,6 +95,16 @@ def main(arguments: list[str]) -> int:
     else:
         _print_tables(plans, explanations)
     return 0
+
+
+def _refuse_ignored(options: argparse.Namespace) -> None:
+    """A fixed question takes no settings of a plan; one that did nothing would look answered."""
+    asked = next((name for name in ("list", "replay", "expert_load") if getattr(options, name)), None)
+    settings = (*PlanRequest.model_fields, "compare", "explain", "plot")
+    ignored = [name for name in settings if getattr(options, name) not in (None, False, [])]
+    if asked and ignored:
+        named = ", ".join("--" + name.replace("_", "-") for name in ignored)
+        raise ConfigError(f"--{asked.replace('_', '-')} takes no settings; {named} would do nothing")
 
 
 def weights_found(folder: Path) -> dict[str, Any] | None:

@@ -28,7 +28,19 @@ _COMMON_KEYS = (
     "max_position_embeddings rms_norm_eps initializer_range tie_word_embeddings "
     "bos_token_id eos_token_id pad_token_id quantization_config"
 ).split()
-_REQUIRED_KEYS = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+_REQUIRED_KEYS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+).split()
+# Sizes of experts, which no two models share and whose defaults differ between readers of these files. Where a key may
+# be null (no experts, no query compression), the null must be there.
+_EXPERT_SIZES = ("n_routed_experts", "num_experts_per_tok", "first_k_dense_replace")
+_V3_SIZES = (*_EXPERT_SIZES, "q_lora_rank", "n_shared_experts", "n_group", "topk_group", "routed_scaling_factor")
+_STATED_KEYS = {
+    "deepseek_v3": _V3_SIZES,
+    "kimi_k2": _V3_SIZES,
+    "deepseek_v2": (*_EXPERT_SIZES, "q_lora_rank"),
+    "deepseek": _EXPERT_SIZES,
+}
 
 # Keys that say nothing about the mathematics of this family, as transformers and the released files write them.
 _IGNORED_KEYS = frozenset(
@@ -132,15 +144,21 @@ def _fields(data: dict[str, Any], family: str) -> dict[str, Any]:
     _refuse_other_values(data)
     required = _REQUIRED_KEYS + (_MLA_KEYS[:1] + _MLA_KEYS[2:] if latent else [])
     missing = [key for key in required if data.get(key) is None]
+    missing += [key for key in _STATED_KEYS.get(family, ()) if key not in data]
     if missing:
         raise ConfigError(f"missing: {', '.join(missing)}", hint=f"a {family} config must state them")
     given = {key: data[key] for key in [*_COMMON_KEYS, *family_keys] if data.get(key) is not None}
     fields = _DEFAULTS[family] | given
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-    fields.setdefault("max_position_embeddings", 2048)
     # DeepSeek's own inference files write "no query compression" as 0.
     if not fields.get("q_lora_rank", True):
         del fields["q_lora_rank"]
+    if family == "deepseek_v2" and fields["norm_topk_prob"] and fields.get("routed_scaling_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"norm_topk_prob is true beside routed_scaling_factor {fields['routed_scaling_factor']}: DeepSeek-V2's own "
+            "code then leaves the factor out, others apply it",
+            hint="set routed_scaling_factor to 1.0, or norm_topk_prob to false as in every released V2",
+        )
     fields["rope_parameters"] = _rope(data, fields["max_position_embeddings"])
     if isinstance(fields.get("quantization_config"), dict):
         fields["quantization_config"] = _quantization(fields["quantization_config"])
@@ -267,12 +285,12 @@ def _published_rope(config: ModelConfig) -> dict[str, Any]:
     rope = config.rope_parameters
     names = {
         "default": (),
-        "linear": ("factor",),
+        "linear": ("factor", "mscale_all_dim"),
         "yarn": (
             "factor original_max_position_embeddings beta_fast beta_slow "
             "mscale mscale_all_dim attention_factor truncate"
         ).split(),
-        "llama3": "factor original_max_position_embeddings low_freq_factor high_freq_factor".split(),
+        "llama3": "factor original_max_position_embeddings low_freq_factor high_freq_factor mscale_all_dim".split(),
     }[rope.rope_type]
     values = {name: getattr(rope, name) for name in ("rope_type", "rope_theta", *names)}
     return {name: value for name, value in values.items() if value is not None}

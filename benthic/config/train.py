@@ -234,6 +234,11 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"data.vocab_size is {self.data.vocab_size}, but model.vocab_size is only {model.vocab_size}"
             )
+        if model.n_routed_experts and model.num_experts_per_tok == 1 and model.norm_topk_prob:
+            raise ValueError(
+                "model.norm_topk_prob divides a single chosen expert's weight by itself: it is always 1 and the router "
+                "gets no gradient; set norm_topk_prob to false for num_experts_per_tok 1 (Switch)"
+            )
         if self.start_from is not None and self.data.tokenizer is None:
             raise ValueError(
                 "start_from needs data.tokenizer, usually the same folder: ids of a newly trained tokenizer would mean "

@@ -50,7 +50,11 @@ class Sampler:
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities float32 [V] after temperature, top_k and top_p; the likeliest token always keeps some."""
     scaled = logits.float() - logits.max()
-    scaled = scaled / params.temperature if params.temperature > 0 else scaled.masked_fill(scaled < 0, -torch.inf)
+    # A divisor that float32 rounds to nothing, or to a subnormal that a device flushes, would make 0 / 0 of the best.
+    if params.temperature >= torch.finfo(torch.float32).tiny:
+        scaled = scaled / params.temperature
+    else:
+        scaled = scaled.masked_fill(scaled < 0, -torch.inf)
     ordered, places = scaled.sort(descending=True, stable=True)
     if params.top_k:
         ordered[params.top_k :] = -torch.inf

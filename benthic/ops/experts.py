@@ -15,6 +15,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from benthic.errors import ConfigError
+
 
 def routed_experts(
     x: Float[Tensor, "tokens width"],
@@ -40,6 +42,7 @@ def routed_experts(
 
 
 def _grouped(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    _check_widths(gate_up_proj, down_proj)
     chosen = experts.flatten()
     order = chosen.argsort(stable=True)  # [T K]
     counts = torch.zeros(len(gate_up_proj), dtype=torch.int64, device=x.device)
@@ -52,6 +55,18 @@ def _grouped(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, 
     out = F.grouped_mm(F.silu(gate) * up, down_proj.transpose(1, 2), offs=offsets)  # [T K, D]
     out = out.index_select(0, _inverse(order)).view(*experts.shape, -1)  # [T, K, D]
     return (out.float() * weights[..., None]).sum(1).type_as(x)
+
+
+def _check_widths(gate_up_proj: Tensor, down_proj: Tensor) -> None:
+    """Rows of whole 16 bytes are what torch's grouped product takes; its own message names no setting."""
+    unit = 16 // down_proj.itemsize
+    widths = {"hidden_size": gate_up_proj.shape[-1], "moe_intermediate_size": down_proj.shape[-1]}
+    for name, width in widths.items():
+        if width % unit:
+            raise ConfigError(
+                f"{name} is {width}; on a GPU experts in {down_proj.dtype} need a multiple of {unit}",
+                hint=f"use {-(-width // unit) * unit}, or train on the processor",
+            )
 
 
 def _inverse(order: Tensor) -> Tensor:

@@ -101,7 +101,10 @@ def weight_bytes_per_gpu(config: ModelConfig, serving: Serving) -> int:
         if one.is_prediction and not serving.include_mtp:
             continue
         tensor_split = serving.attention == "tensor" and one.row.shard_axis is not None
-        ways = serving.gpus if one.part == "routed" or tensor_split else 1
+        ways: float = serving.gpus if one.part == "routed" or tensor_split else 1
+        if tensor_split and not config.kv_lora_rank and one.name.startswith(("self_attn.k_proj", "self_attn.v_proj")):
+            # A head is never cut: with more GPUs than key-value heads, several hold the same one.
+            ways = config.num_key_value_heads / -(-config.num_key_value_heads // serving.gpus)
         total += one.count * row_bytes(config, one.row, serving.weights) / ways
     return round(total)
 

@@ -70,7 +70,7 @@ tags:
 
 # {config.name}
 
-A small {_kind(config.model)} language model trained with benthic from random weights.
+A {_kind(config.model)} language model trained with benthic from {_origin(config)}.
 
 ## Data
 
@@ -89,8 +89,7 @@ Bits per byte count every predicted token, end-of-text tokens included, over the
 
 ## Limits
 
-A model of this size, trained for this long, continues text in the manner of its corpus and knows nothing else. It has
-had no instruction tuning, so the chat template marks turns but the model was not taught to answer in them.
+{_limits(config)}
 """
 
 
@@ -102,6 +101,18 @@ def parameter_count(config: ModelConfig) -> int:
 def _kind(config: ModelConfig) -> str:
     experts = f"{config.n_routed_experts} experts a layer" if config.n_routed_experts else "dense"
     return f"{config.attention_kind.upper()}, {experts},"
+
+
+def _origin(config: TrainConfig) -> str:
+    return "random weights" if config.start_from is None else f"the weights of {Path(config.start_from).name}"
+
+
+def _limits(config: TrainConfig) -> str:
+    if config.start_from is not None:
+        return "This run continued the pretraining of another model, whose own card says what it was taught before."
+    return """\
+A model that learnt from this text alone continues text in its manner and knows nothing else. It has had no instruction
+tuning, so the chat template marks turns but the model was not taught to answer in them."""
 
 
 def _shown(value: object) -> str:

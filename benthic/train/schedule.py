@@ -45,7 +45,8 @@ def _within(phase: Phase, before: float, begin: float, here: float) -> float:
 
 def sequences_at(schedule: Schedule, micro_sequences: int, place: Place) -> int:
     """Sequences of the update at `place`: whole micro-batches, at least one (batch-size ramp)."""
-    return max(1, int(value(schedule, place)) // micro_sequences) * micro_sequences
+    # A whole number that float64 misses by its last bit (49 * (2 / 49)) is not the one below.
+    return max(1, int(value(schedule, place) * (1 + 1e-12)) // micro_sequences) * micro_sequences
 
 
 def planned_tokens(config: TrainConfig) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benthic.checkpoint import load_into
+from benthic.checkpoint import load_into, open_checkpoint
+from benthic.config.model import ModelConfig
 from benthic.config.train import TrainConfig
 from benthic.data import Batch, Loader, prepare
-from benthic.errors import ConfigError, RunError
+from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
@@ -62,7 +64,9 @@ class Trainer:
         if self.config.start_from is None:
             initialise(self.model, self.config.seed)
             return
-        load_into(self.model, self.config.start_from)
+        checkpoint = open_checkpoint(self.config.start_from)
+        _refuse_other_mathematics(checkpoint.config, self.config.model, self.config.start_from)
+        load_into(self.model, checkpoint)
         logger.info("weights of %s", self.config.start_from)
 
     def weights(self) -> dict[str, Tensor]:
@@ -110,6 +114,11 @@ class Trainer:
     def validate(self, display: Lines, max_tokens: int | None) -> None:
         """Measure on held-out text and add a validation row."""
         found = self._validation(max_tokens)
+        if not math.isfinite(found.loss):
+            raise NumericsError(
+                f"the loss on held-out text is {found.loss} after update {self.step}, though every update was finite",
+                hint="the state saved before is intact; start a new run with a lower optimizer.learning_rate",
+            )
         row: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
@@ -197,6 +206,24 @@ class Trainer:
             bias.copy_(state.weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"])
         if self.average is not None:
             self.average.load(state.average or state.weights)
+
+
+def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: str) -> None:
+    """Weights fit by their shapes alone; what else decides the numbers must be what they were trained with.
+
+    Rotation and length may change (context extension), and what no forward pass reads.
+    """
+    free = {"rope_parameters", "max_position_embeddings", "initializer_range", "dtype", "quantization_config"}
+    # A head's width is one of the shapes, whether it is stated or implied.
+    free |= {"bos_token_id", "eos_token_id", "pad_token_id", "aux_loss_alpha", "seq_aux", "head_dim"}
+    names = [name for name in ModelConfig.model_fields if name not in free]
+    changed = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
+    if changed:
+        told = "; ".join(f"{name} was {getattr(stored, name)!r}, is {getattr(wanted, name)!r}" for name in changed)
+        raise ConfigError(
+            f"the model in {folder} computes otherwise than this run's: {told}",
+            hint=f"take model: {folder} in the config, and change its rotation and length alone",
+        )
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

@@ -1,6 +1,7 @@
 """Cut off anywhere, a save leaves the old checkpoint or the new one, never a mixture."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 
 from benthic.checkpoint import load_into, open_checkpoint, write_checkpoint
 from benthic.checkpoint.folder import INCOMING
+from benthic.checkpoint.staging import staged
 from benthic.errors import CheckpointError
 from tests.checkpoint.folders import TINY, Bag, random_tensors
 
@@ -99,3 +101,18 @@ def test_a_process_killed_while_writing_leaves_the_old_checkpoint_and_its_waste_
     write_checkpoint(random_tensors(TINY, 2), TINY, folder, "fp32")
     assert first_seed(folder) == 2
     assert not list(folder.glob(".*"))
+
+
+def test_waste_is_known_by_its_lock_and_not_by_the_process_that_left_it(tmp_path):
+    with staged(tmp_path / "model", 0) as stage:
+        (stage / "waste").write_text("half")
+        left = tmp_path / stage.name.replace(stage.name[-8:], "00000000")
+        left.mkdir()
+        # Beside a save that is still writing, in this very process: the waste goes, the other save's folder stays.
+        with staged(tmp_path / "model", 0) as other:
+            (other / "config.json").write_text("second")
+            assert stage.is_dir()
+            assert not left.exists()
+        (stage / "waste").unlink()
+        shutil.rmtree(tmp_path / "model")
+    assert not list(tmp_path.glob(".*"))

@@ -19,6 +19,7 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
 }
 
 
@@ -98,7 +99,8 @@ def test_expert_load_shows_what_balancing_and_the_group_limit_do(folder, capsys)
     experts = {"n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 16, "n_shared_experts": 1}
     latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
     groups = {"n_group": 4, "topk_group": 2, "num_key_value_heads": 4}
-    path = folder(model_type="deepseek_v3", **experts, **latent, **groups)
+    rest = {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "q_lora_rank": 16}
+    path = folder(model_type="deepseek_v3", **experts, **latent, **groups, **rest)
     assert run(path, "--expert-load", "--json") == 0
     loads = json.loads(capsys.readouterr().out)["expert_load"]
     found = {(one["routing"], one["group_limit"]): one for one in loads}
@@ -223,3 +225,12 @@ def test_json_needs_neither_torch_nor_rich_nor_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--list", "--gpus", "8"], ["--replay", "--device", "h100"], ["tiny", "--expert-load", "--plot", "load.png"]],
+)
+def test_a_setting_that_would_do_nothing_is_refused(arguments, capsys):
+    assert main(["plan", *arguments]) == 2
+    assert f"takes no settings; {arguments[-2]} would do nothing" in capsys.readouterr().err

@@ -99,6 +99,34 @@ def test_a_config_that_benthic_cannot_hold_is_refused_by_field(changes, message)
     assert "somewhere/config.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        (
+            "deepseek-v3",
+            "q_lora_rank n_routed_experts n_shared_experts num_experts_per_tok first_k_dense_replace n_group",
+        ),
+        ("kimi-k2", "topk_group routed_scaling_factor max_position_embeddings"),
+        ("deepseek-v2-lite", "q_lora_rank num_experts_per_tok first_k_dense_replace"),
+        ("deepseek-moe-16b", "n_routed_experts num_experts_per_tok first_k_dense_replace"),
+        ("olmo2-7b", "max_position_embeddings"),
+    ],
+)
+def test_a_size_that_is_not_stated_is_never_guessed(name, keys):
+    for key in keys.split():
+        data = published(name)
+        del data[key]
+        with pytest.raises(ConfigError, match=f"missing: {key}"):
+            config_from_published(data)
+
+
+def test_a_v2_router_that_readers_disagree_about_is_refused():
+    data = published("deepseek-v2") | {"norm_topk_prob": True}
+    with pytest.raises(ConfigError, match=r"norm_topk_prob is true beside routed_scaling_factor 16\.0"):
+        config_from_published(data)
+    assert config_from_published(data | {"routed_scaling_factor": 1.0}).norm_topk_prob
+
+
 def test_unknown_names_and_broken_files_are_clear_errors(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'deepseek-v3'"):
         ModelConfig.from_pretrained("deepsek-v3")
@@ -138,6 +166,13 @@ def test_a_model_is_written_as_a_published_architecture_only_when_it_computes_th
     config = ModelConfig.from_pretrained("deepseek-v3").replace(**changes)
     assert published_model_type(config) == expected
     assert config_from_published(config_to_published(config)) == config
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_the_gain_of_latent_attention_is_written_with_every_kind_of_rotation(kind):
+    rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 4096, "mscale_all_dim": 0.7}
+    config = ModelConfig.from_pretrained("deepseek-v3").replace(rope_parameters=rope)
+    assert config_from_published(config_to_published(config)).softmax_scale == config.softmax_scale
 
 
 def test_fp8_configs_of_transformers_are_read_as_the_released_ones():

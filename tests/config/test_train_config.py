@@ -35,6 +35,7 @@ def test_a_model_may_be_named_by_its_preset():
             {"data": small_run().data.replace(vocab_size=1000)},
             "but model.vocab_size is only 320",
         ),
+        ({"model": small_model(num_experts_per_tok=1)}, "the router gets no gradient"),
         ({"start_from": "runs/demo/model"}, "start_from needs data.tokenizer"),
         ({"name": "../elsewhere"}, "name: String should match pattern"),
         (
@@ -46,6 +47,11 @@ def test_a_model_may_be_named_by_its_preset():
 def test_parts_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         small_run(**changes)
+
+
+def test_one_chosen_expert_with_its_own_score_as_weight_trains():
+    model = small_model(num_experts_per_tok=1, norm_topk_prob=False)
+    assert small_run(model=model).model.num_experts_per_tok == 1
 
 
 def test_sequences_are_whole_micro_batches():

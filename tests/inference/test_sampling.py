@@ -18,6 +18,12 @@ def test_temperature_zero_takes_the_likeliest():
     assert distribution(LOGITS, SamplingParams(temperature=0)).tolist() == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-46, 1e-300])
+def test_a_temperature_near_zero_takes_the_likeliest_too(temperature):
+    assert distribution(LOGITS, SamplingParams(temperature=temperature)).tolist() == [1, 0, 0, 0]
+    assert Sampler(SamplingParams(temperature=temperature)).draw(LOGITS) == 0
+
+
 def test_temperature_divides_the_logits():
     expected = (LOGITS / 0.5).softmax(-1)
     torch.testing.assert_close(distribution(LOGITS, SamplingParams(temperature=0.5)), expected)

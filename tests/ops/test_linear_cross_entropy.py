@@ -77,3 +77,20 @@ def test_bfloat16_sums_in_float32():
     assert_close(loss / 17, expected / 17, "operation_bf16")
     grads = torch.autograd.grad(loss, (half_hidden, half_weight))
     assert [grad.dtype for grad in grads] == [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize("factor", [1 / 3840, 1 / 1000, 0.3 / 51200])
+def test_a_factor_on_the_loss_is_not_rounded_to_bfloat16(factor):
+    stream = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=stream).bfloat16().requires_grad_()
+    weight = torch.randn(100, 32, generator=stream).bfloat16().requires_grad_()
+    targets = torch.randint(0, 100, (64,), generator=stream)
+
+    def gradients(scale: float) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(linear_cross_entropy(hidden, weight, targets)[0] * scale, (hidden, weight))
+
+    for whole, part in zip(gradients(1.0), gradients(factor), strict=True):
+        whole, part = whole.double(), part.double()
+        ratio = float((whole * part).sum() / (whole * whole).sum())
+        # Elements are rounded each for itself, which averages out; a rounded factor does not (1e-3 to 3e-3 here).
+        assert ratio / factor == pytest.approx(1.0, abs=3e-4)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benthic import ops
+from benthic.errors import ConfigError
 from benthic.numerics.compare import assert_close
 from benthic.numerics.reference import attention as reference_attention
 from benthic.numerics.reference import experts as reference_experts
@@ -165,6 +166,19 @@ def test_routed_experts(implementation, tokens, experts, chosen):
         lambda x, w, a, b: reference_experts.routed_experts(x, picks, w, a, b),
         inputs,
     )
+
+
+@pytest.mark.parametrize(
+    ("inner", "width", "dtype", "message"),
+    [
+        (10, 32, torch.float32, "moe_intermediate_size is 10; on a GPU experts in torch.float32 need a multiple of 4"),
+        (16, 20, torch.bfloat16, "hidden_size is 20; on a GPU experts in torch.bfloat16 need a multiple of 8"),
+    ],
+)
+def test_widths_that_the_grouped_product_cannot_take_are_refused_by_name(inner, width, dtype, message):
+    x, gate_up, down = (noise(*shape).to(dtype) for shape in ((4, width), (3, 2 * inner, width), (3, width, inner)))
+    with pytest.raises(ConfigError, match=message):
+        ops.experts._grouped(x, torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), gate_up, down)
 
 
 def test_experts_without_tokens_get_a_zero_gradient():

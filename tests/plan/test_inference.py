@@ -22,7 +22,7 @@ from benthic.plan.inference import (
     weight_bytes_per_gpu,
 )
 from benthic.plan.operations import decode_step, forward_operations, total_flops
-from benthic.plan.parameters import weight_bytes
+from benthic.plan.parameters import repeated_parameters, weight_bytes
 from tests.plan.configs import SMALL, drawn
 
 H200 = find_device("h200")
@@ -46,6 +46,16 @@ def test_v3_needs_eight_h200_or_sixteen_h800():
 def test_weights_on_one_gpu_are_all_weights():
     for attention in ("tensor", "data"):
         assert weight_bytes_per_gpu(V3, Serving(H200, 1, attention, "fp8")) == weight_bytes(V3, "fp8")
+
+
+def test_more_gpus_than_key_value_heads_hold_copies_of_them():
+    """A rank of 16 holds what the smaller model with one key-value head would, save what no rank divides."""
+    whole = {one.name: one for one in repeated_parameters(QWEN)}
+    copied = [whole[f"self_attn.{name}_proj.{kind}"] for name in "kv" for kind in ("weight", "bias")]
+    of_heads = sum(2 * one.count * one.row.size for one in copied)
+    eight, sixteen = (weight_bytes_per_gpu(QWEN, Serving(H200, gpus)) for gpus in (8, 16))
+    undivided = sum(2 * one.count * one.row.size for one in whole.values() if one.row.shard_axis is None)
+    assert sixteen - undivided == pytest.approx((eight - undivided - of_heads / 8) / 2 + of_heads / 8, rel=1e-9)
 
 
 def test_data_parallel_attention_keeps_more_weights_and_less_cache_on_a_gpu():

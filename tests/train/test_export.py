@@ -19,6 +19,16 @@ def test_only_text_of_the_foundation_carries_its_notice():
     assert "Python Software Foundation" not in card(find_recipe("tiny")(), FACTS)
 
 
+def test_a_card_says_where_the_run_began():
+    config = find_recipe("tiny")()
+    assert "trained with benthic from random weights." in card(config, FACTS)
+    data = config.data.replace(tokenizer="models/Moonlight")
+    continued = card(config.replace(data=data, start_from="models/Moonlight"), FACTS)
+    assert "trained with benthic from the weights of Moonlight." in continued
+    assert "random" not in continued
+    assert "no instruction tuning" not in continued
+
+
 def test_parameters_leave_routing_biases_out():
     model = find_recipe("demo")().model
     with_biases = parameter_count(model) + (model.num_expert_layers + 1) * model.n_routed_experts

@@ -184,6 +184,23 @@ def test_a_value_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(
     run(small_run(), tmp_path / "run", resume=True)
 
 
+def test_a_validation_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, monkeypatch):
+    from benthic.train import trainer
+
+    real = trainer.validate
+
+    def broken(*arguments):
+        found = real(*arguments)
+        found.nats = float("nan")
+        return found
+
+    monkeypatch.setattr(trainer, "validate", broken)
+    with pytest.raises(NumericsError, match="the loss on held-out text is nan after update 5"):
+        run(small_run(), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_a_full_disk_ends_the_run_with_the_older_state_in_place(tmp_path, monkeypatch):
     from benthic.train import state
 
@@ -267,6 +284,16 @@ def test_a_run_may_start_from_another_models_weights_with_longer_context(finishe
     summary = run(config, tmp_path / "longer")
     first = rows(summary.folder)[0]["loss"]
     assert first < rows(finished.folder)[0]["loss"] - 0.3
+
+
+def test_weights_of_a_model_that_computes_otherwise_are_refused(finished, tmp_path):
+    config = small_run(
+        model=small_model(routed_scaling_factor=7.0, rms_norm_eps=1e-2),
+        start_from=str(finished.model),
+        data=small_run().data.replace(tokenizer=str(finished.model)),
+    )
+    with pytest.raises(ConfigError, match=r"rms_norm_eps was 1e-06, is 0\.01; routed_scaling_factor was 1\.0, is 7\.0"):
+        run(config, tmp_path / "other")
 
 
 def test_cuda_without_a_gpu_is_refused(tmp_path, monkeypatch):

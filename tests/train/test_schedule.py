@@ -49,6 +49,13 @@ def test_batch_of_deepseek_v3_grows_from_3072_to_15360_over_469_billion_tokens()
     assert sizes == [3072, 8256, 15360, 15360, 15360]
 
 
+def test_a_share_of_the_peak_that_is_a_whole_number_is_not_rounded_down():
+    for peak in range(2, 100):
+        for sequences in range(1, peak):
+            schedule = Schedule(peak=peak, phases=(Phase(until=1, factor=sequences / peak),))
+            assert sequences_at(schedule, 1, Place(1, 0, 2)) == sequences
+
+
 def test_prediction_weight_falls_from_03_to_01_after_ten_trillion_tokens():
     first = Phase(until=10 * TRILLION, unit="tokens")
     schedule = Schedule(peak=0.3, phases=(first, Phase(until=14.8 * TRILLION, unit="tokens", factor=1 / 3)))
