@@ -16,6 +16,7 @@ from benthic.plan.kv_cache import (
     elements_per_token,
     expanded_elements_per_token,
 )
+from benthic.plan.memory import training_memory
 from benthic.plan.parameters import count_parameters, stored_bytes, stored_format
 from benthic.plan.replay import replay
 from benthic.plan.training import Training
@@ -92,6 +93,10 @@ def v2_lite(layers):
 v3_widths = load("deepseek-v3").replace(
     num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=16, n_group=1, topk_group=1, vocab_size=32768
 )
+
+
+def peak_gibibytes(config, length, micro_batch, **training):
+    return training_memory(config, Training(length, micro_batch, **training)).allocated / 2**30
 
 
 def step_milliseconds(config, length, sequences, **options):
