@@ -1,7 +1,7 @@
-"""The README's table of measured numbers, from benchmarks/results/*.json.
+"""Tables of measured numbers, from benchmarks/results/*.json: all of them in docs/benchmarks.md, a few in the README.
 
-python benchmarks/readme_table.py            prints it
-python benchmarks/readme_table.py --write    puts it between the README's markers
+python benchmarks/readme_table.py            prints all rows
+python benchmarks/readme_table.py --write    puts them between the markers of both files
 """
 
 from __future__ import annotations
@@ -15,6 +15,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- results -->", "<!-- /results -->"
+HEADLINES = (
+    "training step, tiny",
+    "greedy decoding with a cache, tiny",
+    "planned memory of a training step: v2-lite, 8 layers, 4 x 4096",
+    "planned time of a training step: v2-lite, 8 layers, 4 x 4096",
+    "planned time of a training step: v3 widths, 2 layers + MTP, 2 x 4096",
+    "forward 8x4096 4096x7168",
+    "weight gradient 16x2048 4096x7168",
+    "weight gradient 32x1024 4096x7168",
+    "quantise rows 32768x7168",
+)
+"""Rows that the README shows: how they begin."""
 HEADER = ["| what | benthic | beside it | ratio | measured on | commit |", "|---|---|---|---|---|---|"]
 
 
@@ -102,24 +114,39 @@ def _row(*cells: str) -> str:
 
 
 def table() -> str:
-    """The whole table."""
+    """Every row."""
     return "\n".join([*HEADER, *rows()])
 
 
-def readme_with(text: str, content: str) -> str:
+def headlines() -> str:
+    """The README's rows. Each headline must name one result that exists."""
+    every = list(rows())
+    found = [[row for row in every if row.startswith(f"| {start}")] for start in HEADLINES]
+    for start, matching in zip(HEADLINES, found, strict=True):
+        if not matching:
+            raise LookupError(f"no result begins with {start!r}")
+    return "\n".join([*HEADER, *(matching[0] for matching in found)])
+
+
+def page_with(text: str, content: str) -> str:
     """`text` with `content` between the markers."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}\n{content}\n{END}{after}"
 
 
+def pages() -> dict[Path, str]:
+    """What stands between the markers of each file."""
+    return {ROOT / "README.md": headlines(), ROOT / "docs" / "benchmarks.md": table()}
+
+
 def main() -> None:
-    """Print the table, or write it into the README."""
+    """Print all rows, or write the tables into their files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="update README.md")
+    parser.add_argument("--write", action="store_true", help="update README.md and docs/benchmarks.md")
     if parser.parse_args().write:
-        readme = ROOT / "README.md"
-        readme.write_text(readme_with(readme.read_text(), table()))
+        for path, content in pages().items():
+            path.write_text(page_with(path.read_text(), content))
     else:
         print(table())
 

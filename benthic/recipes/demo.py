@@ -25,10 +25,8 @@ def demo() -> TrainConfig:
     return TrainConfig(
         name="demo",
         model=ModelConfig.from_pretrained("tiny"),
-        # Names decide the split: 2% holds out about 100 kB of modules, while a little more would take in
-        # pydoc_data/topics.py, whose 0.75 MB of reference prose would be most of the held-out text.
-        data=DataConfig(source="stdlib", vocab_size=4096, sequence_length=128, validation_fraction=0.02),
-        steps=340,
+        data=DataConfig(source="stdlib", vocab_size=4096, sequence_length=128),
+        steps=280,
         optimizer=OptimizerConfig(
             learning_rate=Schedule(
                 peak=5e-3,

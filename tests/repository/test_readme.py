@@ -26,8 +26,9 @@ def commands():
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_the_table_is_the_results():
-    assert readme_table.readme_with(README, readme_table.table()) == README
+def test_the_tables_are_the_results():
+    for path, content in readme_table.pages().items():
+        assert readme_table.page_with(path.read_text(), content) == path.read_text(), path.name
 
 
 def test_every_linked_file_exists():
