@@ -62,6 +62,8 @@ class Device:
     nodes, both as achieved by all-to-all where known. `dollars_per_hour` is an assumption to be overridden.
     `memory_bandwidth` is that of a large copy, `measured_bandwidth` what other kinds of kernels reach, reads and writes
     counted. `launch_seconds` is the least time between two kernels that torch launches one after another.
+    `context_bytes` of its memory go to CUDA itself, its libraries and their workspaces, which torch does not count as
+    allocated; `allocator_loss` is the share of the peak that the caching allocator may lose between its blocks.
     """
 
     name: str
@@ -78,6 +80,8 @@ class Device:
     measured: dict[tuple[Work, Precision], Rate] = field(default_factory=dict)
     measured_bandwidth: dict[MemoryWork, Rate] = field(default_factory=dict)
     like: str | None = None
+    allocator_loss: float = 0.03
+    context_bytes: float = 0.7 * GIB
 
     def rate(self, work: Work, precision: Precision) -> Rate:
         """FLOP/s to expect. Raises ConfigError for a precision the device does not have."""
@@ -220,6 +224,8 @@ _CPU = Device(
     dollars_per_hour=Rate(0.1, _ASSUMED_PRICE),
     multiprocessors=2,
     launch_seconds=Rate(2e-6, "assumed: calling a torch operation"),
+    allocator_loss=0.0,
+    context_bytes=0.0,
 )
 
 DEVICES: dict[str, Device] = {one.name: one for one in (_H800, _H100, _H200, _B200, _A100, _CPU)}

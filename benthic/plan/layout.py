@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil, floor
 from typing import Literal
 
 from benthic.config.model import ModelConfig
@@ -103,7 +104,7 @@ def fitting(
             step = assemble(config, tried, device, layout, sequences, count, pieces[key], Overheads())
             if not worth(step):
                 break
-            memory = training_memory(config, tried, layout, step.stages)
+            memory = training_memory(config, tried, layout, step.stages, device)
             if memory.total <= device.memory_bytes:
                 yield Choice(layout, tried, memory, step)
                 break
@@ -155,14 +156,21 @@ def require_fit(
     `recomputations` are those the trainer can do; fewer sequences at a time are tried with each, then shorter
     sequences, then fewer layers.
     """
-    memory = training_memory(config, training, layout)
+    memory = training_memory(config, training, layout, device=device)
     if memory.total <= device.memory_bytes:
         return memory
+    needed, there = _needed_and_there(memory.total, device.memory_bytes)
     raise CapacityError(
-        f"training needs {memory.total / 2**30:.1f} GiB at its peak ({memory.moment}), but {device.title} has "
-        f"{device.memory_bytes / 2**30:.0f} GiB",
+        f"training needs {needed} at its peak ({memory.moment}), but {device.title} has {there}",
         _largest_fit(config, training, device, layout, recomputations),
     )
+
+
+def _needed_and_there(needed: float, there: float) -> tuple[str, str]:
+    """Both in words, what is needed rounded up and what is there down, so that the larger one also reads larger."""
+    unit, name = (2**20, "MiB") if there < 10 * 2**30 else (2**30, "GiB")
+    more, less = ceil(needed / unit), floor(there / unit)
+    return f"{more:,} {name}", f"{less:,} {name}"
 
 
 def _largest_fit(
@@ -173,7 +181,7 @@ def _largest_fit(
     recomputations: Sequence[Recomputation],
 ) -> str:
     def fits(changed: Training, model: ModelConfig = config) -> bool:
-        return training_memory(model, changed, layout).total <= device.memory_bytes
+        return training_memory(model, changed, layout, device=device).total <= device.memory_bytes
 
     for recomputation in dict.fromkeys((training.recomputation, *recomputations)):
         tried = replace(training, recomputation=recomputation)

@@ -85,7 +85,7 @@ def _can_fit(
 ) -> bool:
     """Whether the most recomputation fits."""
     training = _training(request, precision, layout, _recomputations(request)[-1])
-    return training_memory(config, training, layout).total <= device.memory_bytes
+    return training_memory(config, training, layout, device=device).total <= device.memory_bytes
 
 
 def _recomputations(request: PlanRequest) -> Sequence[Recomputation]:
@@ -137,12 +137,12 @@ def _least_recomputation(
     *fewer, last = _recomputations(request)
     for recomputation in fewer:
         training = _training(request, precision, layout, recomputation)
-        if training_memory(config, training, layout).total <= device.memory_bytes:
+        if training_memory(config, training, layout, device=device).total <= device.memory_bytes:
             break
     else:
         training = _training(request, precision, layout, last)
     step = step_time(config, training, device, layout, layout.data * training.micro_batch * training.micro_batches)
-    return Choice(layout, training, training_memory(config, training, layout, step.stages), step)
+    return Choice(layout, training, training_memory(config, training, layout, step.stages, device), step)
 
 
 def _training(

@@ -16,16 +16,12 @@ from dataclasses import dataclass
 from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.plan.breakdown import Breakdown, Term
+from benthic.plan.devices import DEVICES, Device
 from benthic.plan.holdings import Rank, pipeline_rank, stages_of_rank
 from benthic.plan.ledger import Ledger
 from benthic.plan.pipeline import cut
 from benthic.plan.playback import Playback
 from benthic.plan.training import Training
-
-FRAGMENTATION = 0.03
-"""Share of the peak that the caching allocator is allowed to lose between its blocks."""
-CONTEXT_BYTES = 0.7 * 2**30
-"""CUDA context, libraries and their workspaces, which torch does not count as allocated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +38,24 @@ class TrainingMemory(Breakdown):
 
 
 def training_memory(
-    config: ModelConfig, training: Training, layout: ParallelConfig | None = None, stages: Sequence[range] | None = None
+    config: ModelConfig,
+    training: Training,
+    layout: ParallelConfig | None = None,
+    stages: Sequence[range] | None = None,
+    device: Device = DEVICES["h200"],
 ) -> TrainingMemory:
     """Memory of the fullest rank. `stages` are the layers of each stage (prediction layers last); by default layers
-    are dealt out evenly. Raises ConfigError where the layout does not divide the model."""
+    are dealt out evenly. Of `device` only the allowances count, which all GPUs share and a CPU does not have.
+
+    Raises ConfigError where the layout does not divide the model.
+    """
     layout = layout or ParallelConfig()
     layout.check_model(config)
     blocks = config.num_hidden_layers + config.num_nextn_predict_layers
     stages = stages or cut([1.0] * blocks, layout.stages)
-    found = [_memory_of_rank(config, training, layout, stages, rank) for rank in _different(config, layout, stages)]
+    found = [
+        _memory_of_rank(config, training, layout, stages, rank, device) for rank in _different(config, layout, stages)
+    ]
     return max(found, key=lambda memory: memory.total)
 
 
@@ -66,7 +71,7 @@ def _different(config: ModelConfig, layout: ParallelConfig, stages: Sequence[ran
 
 
 def _memory_of_rank(
-    config: ModelConfig, training: Training, layout: ParallelConfig, stages: Sequence[range], rank: int
+    config: ModelConfig, training: Training, layout: ParallelConfig, stages: Sequence[range], rank: int, device: Device
 ) -> TrainingMemory:
     held = pipeline_rank(config, layout, stages, rank)
     ledger = Ledger()
@@ -74,12 +79,17 @@ def _memory_of_rank(
     playback = Playback(config, training, layout, held, rank, ledger)
     playback.play()
     terms = ledger.terms(playback.tokens)
-    allocated = sum(term.value for term in terms)
-    allowances = (
-        Term("allowance", "fragmentation", f"{FRAGMENTATION:.0%} of {allocated:.4g} B", FRAGMENTATION * allocated),
-        Term("allowance", "CUDA context", "assumed", CONTEXT_BYTES),
-    )
-    return TrainingMemory("bytes", (*terms, *allowances), _assumptions(training, layout), ledger.highest, rank)
+    lines = (*terms, *_allowances(sum(term.value for term in terms), device))
+    return TrainingMemory("bytes", lines, _assumptions(training, layout, device), ledger.highest, rank)
+
+
+def _allowances(allocated: float, device: Device) -> list[Term]:
+    loss = device.allocator_loss
+    terms = [
+        Term("allowance", "fragmentation", f"{loss:.0%} of {allocated:.4g} B", loss * allocated),
+        Term("allowance", "CUDA context", "assumed", device.context_bytes),
+    ]
+    return [term for term in terms if term.value]
 
 
 def _hold_states(ledger: Ledger, held: Rank, training: Training, layout: ParallelConfig) -> None:
@@ -107,8 +117,11 @@ def _hold_states(ledger: Ledger, held: Rank, training: Training, layout: Paralle
         ledger.hold("gradients", "layer being reduced", layer * 4, f"{layer:,.0f} elements x 4 B")
 
 
-def _assumptions(training: Training, layout: ParallelConfig) -> tuple[str, ...]:
-    found = [f"the allocator loses {FRAGMENTATION:.0%}; CUDA itself takes {CONTEXT_BYTES / 2**30:.1f} GiB"]
+def _assumptions(training: Training, layout: ParallelConfig, device: Device) -> tuple[str, ...]:
+    found = []
+    if device.context_bytes:
+        context = device.context_bytes / 2**30
+        found.append(f"the allocator loses {device.allocator_loss:.0%}; CUDA itself takes {context:.1f} GiB")
     if training.precision == "fp8":
         found.append("FP8 activations as DeepSeek-V3 keeps them (report, 3.3.3); benthic trains in bf16")
     else:

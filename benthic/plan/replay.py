@@ -160,7 +160,7 @@ def _fitting(config: ModelConfig, device: Device, length: int, sequences: int) -
         if sequences % (2 * layout.data):
             continue
         training = replace(TRAINING, sequence_length=length, micro_batches=sequences // layout.data)
-        memory = training_memory(config, training, layout)
+        memory = training_memory(config, training, layout, device=device)
         if memory.total <= device.memory_bytes:
             return layout, memory
     raise CapacityError(f"sequences of {length} positions fit {device.title} at no context parallelism up to 128")

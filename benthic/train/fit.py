@@ -58,7 +58,7 @@ def plan_run(config: TrainConfig, device: Device) -> RunPlan:
         device=device,
         parameters=count_parameters(config.model),
         tokens=planned_tokens(config),
-        memory=training_memory(config.model, training),
+        memory=training_memory(config.model, training, device=device),
         step=step_time(config.model, training, device),
     )
 
@@ -66,10 +66,13 @@ def plan_run(config: TrainConfig, device: Device) -> RunPlan:
 def require_room(config: TrainConfig, title: str, available_bytes: int) -> TrainingMemory:
     """The memory of a run whose device, called `title`, has `available_bytes` left.
 
-    `config` says what it computes in. Raises CapacityError with the largest setting that fits, in the run's words.
+    `config` says what it computes in and on, "auto" no longer. Raises CapacityError with the largest setting that
+    fits, in the run's words.
     """
     training = training_of(config, config.precision.compute)
-    device = replace(find_device("cpu"), title=title, memory_bytes=available_bytes)
+    # Of a device, memory takes only what CUDA keeps for itself, the same on every GPU.
+    like = find_device("cpu" if config.device == "cpu" else "h200")
+    device = replace(like, title=title, memory_bytes=available_bytes)
     try:
         # The trainer keeps all activations, so recomputation is no way out.
         return require_fit(config.model, training, device, recomputations=("none",))

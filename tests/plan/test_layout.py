@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from benthic.config import ModelConfig
@@ -78,6 +81,18 @@ def test_a_run_that_does_not_fit_is_answered_with_the_largest_that_does(layers, 
     assert error.value.hint.startswith(start)
     assert "training needs" in error.value.message
     assert error.value.message.endswith("NVIDIA H200 SXM 141 GB has 139 GiB")
+
+
+@pytest.mark.parametrize(("device", "layers", "unit"), [(DEVICES["cpu"], 1, "MiB"), (H200, 3, "GiB")])
+def test_what_is_refused_needs_more_than_there_is_in_the_printed_numbers_too(device, layers, unit):
+    config = LITE.replace(num_hidden_layers=layers)
+    needed = training_memory(config, Training(64), device=device).total
+    small = replace(device, title="it", memory_bytes=int(needed) - 1)
+    with pytest.raises(CapacityError) as error:
+        require_fit(config, Training(64), small)
+    numbers = re.search(rf"needs ([\d,]+) {unit} .* it has ([\d,]+) {unit}$", error.value.message)
+    more, less = (int(number.replace(",", "")) for number in numbers.groups())
+    assert more == less + 1
 
 
 def test_the_largest_micro_batch_named_is_the_largest():

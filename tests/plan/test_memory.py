@@ -129,6 +129,15 @@ def test_wrong_training_settings_are_refused_in_words(fields, part):
     assert part in str(error.value)
 
 
+def test_a_processor_pays_for_no_cuda_context_and_no_caching_allocator():
+    gpu = training_memory(LITE, Training(512), device=DEVICES["h800"])
+    assert gpu == training_memory(LITE, Training(512))
+    assert gpu.total == pytest.approx(1.03 * gpu.allocated + 0.7 * GIB)
+    cpu = training_memory(LITE, Training(512), device=DEVICES["cpu"])
+    assert cpu.total == cpu.allocated == pytest.approx(gpu.allocated)
+    assert not any("CUDA" in text or "allocator" in text for text in (*cpu.assumptions, *(t.name for t in cpu.lines)))
+
+
 def test_every_line_explains_itself():
     memory = training_memory(LITE, Training(512))
     assert all(line.formula for line in memory.lines)

@@ -8,7 +8,7 @@ from benthic.plan.flops import training_flops_per_token
 from benthic.recipes import find_recipe
 from benthic.train.fit import plan_run, require_room, training_of
 
-CONFIG = find_recipe("tiny")().replace(precision={"compute": "float32"})
+CONFIG = find_recipe("tiny")().replace(device="cpu", precision={"compute": "float32"})
 GIB = 2**30
 
 
@@ -29,6 +29,14 @@ def test_micro_batches_and_average_reach_the_planner():
     training = training_of(CONFIG.replace(batch=batch, optimizer={"ema_decay": 0.9}), "bfloat16")
     assert (training.micro_batch, training.micro_batches, training.precision) == (2, 4, "bf16")
     assert training.averaged_weights
+
+
+def test_only_a_gpu_keeps_room_for_cuda():
+    on_cpu = require_room(CONFIG, "this machine", 64 * GIB)
+    on_gpu = require_room(CONFIG.replace(device="cuda"), "a GPU", 64 * GIB)
+    assert on_cpu.total == on_cpu.allocated
+    assert on_gpu.total > on_gpu.allocated + 0.7 * GIB
+    assert plan_run(CONFIG, find_device("cpu")).memory.total == on_cpu.total
 
 
 def test_what_fits_passes_and_what_does_not_names_the_largest_that_does():
