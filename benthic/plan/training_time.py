@@ -187,13 +187,19 @@ def _assumptions(device: Device, training: Training, overheads: Overheads) -> tu
     used: list[tuple[Work, Precision]] = [(work, training.precision) for work in matrices]
     used += [(work, core) for work in attention]
     rates = [(work, precision, device.rate(work, precision)) for work, precision in used]
-    found = [f"{work}, {precision}: {rate.value / 1e12:.0f} TFLOP/s ({rate.source})" for work, precision, rate in rates]
+    found = [f"{work}, {precision}: {_speed(rate.value, 'FLOP')} ({rate.source})" for work, precision, rate in rates]
     found.append(f"memory-bound work: {overheads.source}")
     if overheads.memory_share is None and training.precision != "fp8":
         for kind in MEMORY_WORKS:
             bandwidth = device.bandwidth(kind)
-            found.append(f"{kind} kernels: {bandwidth.value / 1e12:.2f} TB/s ({bandwidth.source})")
+            found.append(f"{kind} kernels: {_speed(bandwidth.value, 'B')} ({bandwidth.source})")
         launch = device.launch_seconds
         found.append(f"a kernel takes {launch.value * 1e6:.1f} us or longer ({launch.source})")
         found.append(f"grouped products work in tiles of {GROUPED_TILE} rows")
     return tuple(found)
+
+
+def _speed(value: float, unit: str) -> str:
+    """Three significant digits of `value` units a second, in thousands of millions below a million millions."""
+    prefix, scaled = ("T", value / 1e12) if value >= 1e12 else ("G", value / 1e9)
+    return f"{scaled:.0f} {prefix}{unit}/s" if scaled >= 100 else f"{scaled:.3g} {prefix}{unit}/s"

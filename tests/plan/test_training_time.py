@@ -100,10 +100,17 @@ def test_rates_and_their_sources_are_among_the_assumptions():
     text = "\n".join(step_time(LITE, Training(4096), H200).assumptions)
     assert "grouped, bf16: 620 TFLOP/s (torch F.grouped_mm" in text
     assert "memory-bound work: bytes of the plain path" in text
-    assert "scatter_add kernels: 0.73 TB/s (index_add_ of bf16 rows, benchmarks/kernel_rates.py" in text
+    assert "scatter_add kernels: 730 GB/s (index_add_ of bf16 rows, benchmarks/kernel_rates.py" in text
     assert "a kernel takes 8.2 us or longer (adding 1 to one number" in text
     fused = "\n".join(step_time(V3, Training(4096, precision="fp8"), H800).assumptions)
     assert "kernels:" not in fused
+
+
+def test_slow_devices_have_rates_too():
+    text = "\n".join(step_time(LITE, Training(64, precision="fp32"), DEVICES["cpu"]).assumptions)
+    assert "matmul, fp32: 100 GFLOP/s (assumed 50% of peak: nobody measured it)" in text
+    assert "norm kernels: 20 GB/s" in text
+    assert ": 0 " not in text
 
 
 def test_the_memory_bound_part_is_told_by_kind_of_kernel():
