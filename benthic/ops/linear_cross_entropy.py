@@ -24,10 +24,12 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 20}
 
 def linear_cross_entropy(
     hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "vocabulary width"], targets: Int64[Tensor, " tokens"]
-) -> tuple[Float32[Tensor, ""], int]:
-    """Summed -log softmax(hidden @ weight.T)[target], and how many targets counted; one of -100 is left out."""
-    loss = _LinearCrossEntropy.apply(hidden, weight, targets)
-    return loss, int((targets != IGNORED).sum())
+) -> tuple[Float32[Tensor, ""], Int64[Tensor, ""]]:
+    """Summed -log softmax(hidden @ weight.T)[target], and how many targets counted; one of -100 is left out.
+
+    Both stay on the device: nothing here waits for a GPU.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets), (targets != IGNORED).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
