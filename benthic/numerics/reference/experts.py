@@ -38,4 +38,4 @@ def routed_experts(
             for expert, (gate, up) in zip(chosen, gates_and_ups, strict=True)
         ]
         rows.append(torch.einsum("k,kd->d", weight, torch.stack(outputs)))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.zeros_like(x)
