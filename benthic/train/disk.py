@@ -22,6 +22,8 @@ from benthic.errors import BenthicError, CapacityError, RunError
 
 PARTIAL = ".partial"
 """Ending of temporary names; whoever holds the run's lock may delete what bears it."""
+REPLACED = ".replaced"
+"""Ending of a whole folder's name while a newer one takes its place: all there is until the new one has its name."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -76,20 +78,45 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def publish_folder(final: Path, what: str, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder, then rename it to `final`, in place of what stood there."""
-    partial = final.with_name(f".{final.name}{PARTIAL}")
+    """Let `fill` write into a temporary folder, then rename it to `final`, in place of what stood there.
+
+    What stood there is moved aside and deleted last, so that a whole folder is on the disk at every moment.
+    """
+    partial, aside = final.with_name(f".{final.name}{PARTIAL}"), _aside(final)
     with explained(what, final):
+        put_back(final.parent)
         remove_folder(partial)
         try:
             partial.mkdir(parents=True)
             fill(partial)
             sync(partial)
-            remove_folder(final)
+            if final.exists():
+                remove_folder(aside)
+                os.replace(final, aside)
             os.replace(partial, final)
             sync(final.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            put_back(final.parent)
             raise
+        remove_folder(aside)
+
+
+def put_back(folder: Path) -> list[str]:
+    """Rename in `folder` what was moved aside for a newer one that never got its name; the names they have again."""
+    missing = [final for final in _replaced(folder) if not final.exists()]
+    for final in missing:
+        os.replace(_aside(final), final)
+    return [final.name for final in missing]
+
+
+def _replaced(folder: Path) -> list[Path]:
+    """Final names of the folders moved aside in `folder`."""
+    return [folder / path.name[1 : -len(REPLACED)] for path in sorted(folder.glob(f".*{REPLACED}"))]
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}{REPLACED}")
 
 
 def remove_folder(folder: Path) -> None:
@@ -103,8 +130,12 @@ def remove_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Delete what interrupted writes left in `folder` (benthic/files.py writes under `.NAME.PID.tmp`); their names."""
-    left = sorted([*folder.glob(f".*{PARTIAL}"), *folder.glob(".*.tmp")])
+    """Delete what interrupted writes left in `folder` (benthic/files.py writes under `.NAME.PID.tmp`); their names.
+
+    A folder moved aside is deleted only where the one that replaced it stands.
+    """
+    replaced = [_aside(final) for final in _replaced(folder) if final.exists()]
+    left = sorted([*folder.glob(f".*{PARTIAL}"), *folder.glob(".*.tmp"), *replaced])
     for path in left:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return [path.name for path in left]

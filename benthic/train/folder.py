@@ -17,7 +17,7 @@ from benthic.config.train import TrainConfig
 from benthic.errors import RunError
 from benthic.files import write_atomic
 from benthic.log import logger
-from benthic.train.disk import explained, sweep
+from benthic.train.disk import explained, put_back, sweep
 
 HARMLESS = ("name", "device", "logging", "sampling", "evaluation", "checkpoint")
 """Settings that may differ on resume, by their first word: none of them touches a weight."""
@@ -73,6 +73,8 @@ class RunFolder:
         for one in (folder.routing, folder.checkpoints):
             one.mkdir(exist_ok=True)
         for one in (path, folder.checkpoints, folder.routing, folder.data):
+            for name in put_back(one):
+                logger.info("put back %s, whose replacement was interrupted", name)
             for name in sweep(one):
                 logger.info("removed %s, left by an interrupted write", name)
         return folder

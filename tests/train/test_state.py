@@ -10,7 +10,7 @@ import torch
 
 from benthic.errors import CapacityError, CheckpointError, RunError
 from benthic.train import disk
-from benthic.train.disk import PARTIAL, sweep
+from benthic.train.disk import PARTIAL, REPLACED, sweep
 from benthic.train.state import Progress, State, complete_states, read_state, save_state
 
 CPU = torch.device("cpu")
@@ -56,6 +56,67 @@ def test_a_folder_left_half_written_is_not_a_state_and_is_swept(tmp_path):
     (tmp_path / ".state.json.123.tmp").touch()
     assert sweep(tmp_path) == [".state.json.123.tmp", half.name]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def fill_with(text):
+    return lambda folder: (folder / "text").write_text(text)
+
+
+class Killed(BaseException):
+    """The process ends here, and nothing cleans up after it."""
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_folder_is_whole_whenever_its_replacement_is_killed(tmp_path, monkeypatch, last):
+    """After each rename of publishing: the old one aside, then the new one in place."""
+    disk.publish_folder(tmp_path / "model", "a model", fill_with("old"))
+    real, renames = disk.os.replace, []
+
+    def until(source, target):
+        if len(renames) == last:
+            raise Killed
+        renames.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(disk.os, "replace", until)
+    monkeypatch.setattr(disk.shutil, "rmtree", lambda *arguments, **options: None)
+    with pytest.raises(Killed):
+        disk.publish_folder(tmp_path / "model", "a model", fill_with("new"))
+    monkeypatch.undo()
+    assert (tmp_path / f".model{REPLACED}").exists()
+    assert (tmp_path / "model").exists() == (last == 2)
+    assert disk.put_back(tmp_path) == (["model"] if last == 1 else [])
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "text").read_text() == ("old" if last == 1 else "new")
+
+
+def test_a_sweep_alone_keeps_what_was_moved_aside_and_a_write_after_it_finds_it(tmp_path):
+    (tmp_path / f".model{REPLACED}").mkdir()
+    assert sweep(tmp_path) == []
+
+    def refuse(folder):
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(CapacityError):
+        disk.publish_folder(tmp_path / "model", "a model", refuse)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_replacement_that_is_refused_its_name_leaves_the_old_folder(tmp_path, monkeypatch):
+    disk.publish_folder(tmp_path / "model", "a model", fill_with("old"))
+    real = disk.os.replace
+
+    def refuse_partial(source, target):
+        if str(source).endswith(PARTIAL):
+            raise OSError(errno.EIO, "refused")
+        real(source, target)
+
+    monkeypatch.setattr(disk.os, "replace", refuse_partial)
+    with pytest.raises(RunError, match="cannot write a model"):
+        disk.publish_folder(tmp_path / "model", "a model", fill_with("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "text").read_text() == "old"
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.json"])
