@@ -25,7 +25,8 @@ from benthic.train.trainer import Trainer
 @dataclass(frozen=True, slots=True)
 class Summary:
     """How a run ended. `interrupted` is the signal that stopped it, after its state was saved; None at its end, when
-    `model` is the finished folder and `validation` holds the last validation row."""
+    `model` is the finished folder and `validation` holds the last validation row. A signal that comes while the model
+    is being written stops nothing any more."""
 
     folder: Path
     step: int
@@ -50,7 +51,7 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
             trainer.restore()
             place.write_config(config)
         began = time.monotonic()
-        _train(trainer, stop)
+        finished = _train(trainer, stop)
         seconds = time.monotonic() - began
         return Summary(
             folder=place.path,
@@ -58,8 +59,8 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
             tokens=trainer.tokens,
             seconds=seconds,
             validation=trainer.validation,
-            model=None if stop.received else place.model,
-            interrupted=stop.received,
+            model=place.model if finished else None,
+            interrupted=None if finished else stop.received,
         )
 
 
@@ -90,7 +91,8 @@ def _check_room(config: TrainConfig) -> None:
     logger.info("memory: %.2f GiB planned, %.1f GiB free on %s", memory.total / 2**30, available / 2**30, title)
 
 
-def _train(trainer: Trainer, stop: StopRequest) -> None:
+def _train(trainer: Trainer, stop: StopRequest) -> bool:
+    """Whether the model was written; False when a signal came before that began."""
     config = trainer.config
     with shown(config.steps, trainer.step) as display:
         trainer.announce(display)
@@ -102,10 +104,11 @@ def _train(trainer: Trainer, stop: StopRequest) -> None:
             trainer.meter.unpause(paused)
         if not stop.received:
             _finish(trainer, display)
-        else:
-            if trainer.saved != trainer.step:
-                trainer.save()
-            display.note(f"{stop.received.name}: saved step {trainer.step}; continue with --resume")
+            return True
+        if trainer.saved != trainer.step:
+            trainer.save()
+        display.note(f"{stop.received.name}: saved step {trainer.step}; continue with --resume")
+        return False
 
 
 def _between_updates(trainer: Trainer, display: Lines) -> None:

@@ -144,6 +144,21 @@ def test_a_signal_saves_and_leaves_and_the_run_continues_bit_for_bit(finished, t
     assert_same_end(finished.folder, tmp_path / "run")
 
 
+def test_a_signal_while_the_model_is_written_does_not_hide_the_model(tmp_path, monkeypatch):
+    from benthic.train import run as module
+
+    real = module.export
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*arguments)
+
+    monkeypatch.setattr(module, "export", interrupted)
+    summary = run(small_run(steps=2), tmp_path / "run")
+    assert (summary.step, summary.interrupted, summary.model) == (2, None, tmp_path / "run" / "model")
+    assert (summary.model / "config.json").is_file()
+
+
 def test_a_run_outside_the_main_thread_needs_no_signals(tmp_path):
     ends = []
     thread = threading.Thread(target=lambda: ends.append(run(small_run(steps=2), tmp_path / "run")))
