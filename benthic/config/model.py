@@ -137,6 +137,8 @@ class ModelConfig(Settings):
     routed_scaling_factor: float = Field(1.0, gt=0)
     aux_loss_alpha: float | None = Field(None, ge=0)
     seq_aux: bool | None = None
+    """With aux_loss_alpha, a record alone: how the published weights were trained, kept so that config.json comes back
+    as it was. Nothing computes with either; a run's own loss is set in BalanceConfig."""
 
     num_nextn_predict_layers: int = Field(0, ge=0)
 

@@ -76,7 +76,24 @@ def resolved(config: TrainConfig) -> TrainConfig:
     if compute == "auto":
         compute = "bfloat16" if device == "cuda" else "float32"
         logger.info("compute %s, float32 master weights: the default on %s", compute, device)
+    _say_which_auxiliary_loss(config)
     return config.replace(device=device, precision=config.precision.replace(compute=compute))
+
+
+def _say_which_auxiliary_loss(config: TrainConfig) -> None:
+    """The model's published record of its own training may differ from how this run trains it."""
+    stated, balance = config.model.aux_loss_alpha, config.balance
+    if stated is None or not config.model.n_routed_experts:
+        return
+    trains = 0.0 if balance.auxiliary_loss == "none" else balance.alpha
+    if stated != trains:
+        logger.info(
+            "balance.alpha %g with balance.auxiliary_loss %s is what trains; model.aux_loss_alpha %g is only recorded "
+            "in config.json",
+            balance.alpha,
+            balance.auxiliary_loss,
+            stated,
+        )
 
 
 def _check_room(config: TrainConfig) -> None:

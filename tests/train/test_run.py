@@ -24,9 +24,10 @@ from benthic.config.train import (
     TrainConfig,
 )
 from benthic.errors import CapacityError, ConfigError, NumericsError, RunError
+from benthic.log import logger
 from benthic.text import Tokenizer
 from benthic.train import step
-from benthic.train.run import run
+from benthic.train.run import resolved, run
 from benthic.train.schedule import planned_tokens
 from benthic.train.state import complete_states
 from tests.train.small import small_model, small_run
@@ -157,6 +158,26 @@ def test_a_signal_while_the_model_is_written_does_not_hide_the_model(tmp_path, m
     summary = run(small_run(steps=2), tmp_path / "run")
     assert (summary.step, summary.interrupted, summary.model) == (2, None, tmp_path / "run" / "model")
     assert (summary.model / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("stated", "balance", "said"),
+    [
+        (0.01, {"alpha": 0.001}, True),
+        (0.01, {"alpha": 0.01, "auxiliary_loss": "none"}, True),
+        (0.001, {"alpha": 0.001}, False),
+        (None, {"alpha": 0.001}, False),
+        (0.0, {"auxiliary_loss": "none"}, False),
+    ],
+)
+def test_a_recorded_balance_loss_that_does_not_train_is_said_to(stated, balance, said, caplog):
+    config = small_run(model=small_model(aux_loss_alpha=stated), balance=balance)
+    with caplog.at_level("INFO", logger=logger.name):
+        resolved(config)
+    assert ("model.aux_loss_alpha" in caplog.text) == said
+    if said:
+        assert f"balance.alpha {balance['alpha']:g} with" in caplog.text
+        assert "is what trains; model.aux_loss_alpha 0.01 is only recorded in config.json" in caplog.text
 
 
 def test_a_run_outside_the_main_thread_needs_no_signals(tmp_path):
