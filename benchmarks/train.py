@@ -21,8 +21,8 @@ from benthic.config.published import config_to_published, published_model_type
 from benthic.config.settings import Settings
 from benthic.errors import ConfigError, NumericsError
 from benthic.inference.generate import generate
-from benthic.inference.sampling import SamplingParams
 from benthic.model import LanguageModel, initialise
+from benthic.model.sampling import SamplingParams
 from benthic.numerics.compare import assert_close
 from benthic.ops import linear_cross_entropy
 

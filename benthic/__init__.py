@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from benthic.config import ModelConfig as ModelConfig
     from benthic.inference.pretrained import load_model as load_model
     from benthic.inference.pretrained import save_model as save_model
-    from benthic.inference.sampling import SamplingParams as SamplingParams
+    from benthic.model.sampling import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["ModelConfig", "SamplingParams", "load_model", "save_model"]
@@ -17,7 +17,7 @@ __all__ = ["ModelConfig", "SamplingParams", "load_model", "save_model"]
 # Resolved on first use, so that importing benthic never imports torch.
 _HOME = {
     "ModelConfig": "benthic.config",
-    "SamplingParams": "benthic.inference.sampling",
+    "SamplingParams": "benthic.model.sampling",
     "load_model": "benthic.inference.pretrained",
     "save_model": "benthic.inference.pretrained",
 }

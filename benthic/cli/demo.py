@@ -155,7 +155,7 @@ def _show_completion(console: Console, model_folder: Path) -> None:
 
     from benthic.inference.generate import generate_text
     from benthic.inference.pretrained import load_model
-    from benthic.inference.sampling import SamplingParams
+    from benthic.model.sampling import SamplingParams
     from benthic.text import Tokenizer
 
     model = load_model(model_folder, dtype=torch.float32)

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
     from benthic.inference.generate import generate_text
     from benthic.inference.pretrained import load_model
-    from benthic.inference.sampling import SamplingParams
+    from benthic.model.sampling import SamplingParams
     from benthic.text import Tokenizer
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")

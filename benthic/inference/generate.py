@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-import torch.nn.functional as F
-
 from benthic.errors import RequestError
-from benthic.inference.sampling import Sampler, SamplingParams
-from benthic.model import Cache, LanguageModel
+from benthic.model import LanguageModel
+from benthic.model.decoding import decode
+from benthic.model.sampling import SamplingParams
 from benthic.text import Detokenizer, Tokenizer
 
 
@@ -20,22 +18,7 @@ def generate(model: LanguageModel, prompt: Sequence[int], params: SamplingParams
     for an empty prompt, ids outside the vocabulary, and a length beyond the model's positions.
     """
     _check(model, prompt, params)
-    return _generate(model, list(prompt), params, end_ids(model) | set(params.stop_token_ids))
-
-
-@torch.inference_mode()
-def _generate(model: LanguageModel, prompt: list[int], params: SamplingParams, ends: set[int]) -> Iterator[int]:
-    weight = model.head_weight
-    cache = Cache(model.config, 1, len(prompt) + params.max_tokens, weight.device, weight.dtype)
-    sampler, step = Sampler(params), prompt
-    for _ in range(params.max_tokens):
-        states = model.states(torch.tensor([step], device=weight.device), cache=cache)
-        # The head at the last position alone: a long prompt's logits can be larger than the model.
-        token = sampler.draw(F.linear(states.hidden[0, -1], weight))
-        if token in ends:
-            return
-        yield token
-        step = [token]
+    return decode(model, list(prompt), params, end_ids(model) | set(params.stop_token_ids))
 
 
 def generate_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[str]:

@@ -9,8 +9,8 @@ import torch
 
 from benthic.errors import RequestError
 from benthic.inference.generate import generate, generate_text
-from benthic.inference.sampling import Sampler, SamplingParams
 from benthic.model import LanguageModel
+from benthic.model.sampling import Sampler, SamplingParams
 from benthic.ops import linear_cross_entropy
 from benthic.text import train_tokenizer
 from tests.model.configs import CONFIGS, randomised, tiny, tokens

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benthic.errors import ConfigError
-from benthic.inference.sampling import Sampler, SamplingParams, distribution
+from benthic.model.sampling import Sampler, SamplingParams, distribution
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0]).log_softmax(-1)
 

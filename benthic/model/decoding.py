@@ -1,0 +1,29 @@
+"""One token after another over a cache: what generation and a run's samples share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Set
+
+import torch
+import torch.nn.functional as F
+
+from benthic.model.cache import Cache
+from benthic.model.language_model import LanguageModel
+from benthic.model.sampling import Sampler, SamplingParams
+
+
+@torch.inference_mode()
+def decode(model: LanguageModel, prompt: Sequence[int], params: SamplingParams, ends: Set[int]) -> Iterator[int]:
+    """Token ids that continue `prompt`, as they are drawn: at most params.max_tokens, and none from the first of `ends`
+    on. Raises RequestError where the prompt and those exceed the model's positions."""
+    weight = model.head_weight
+    cache = Cache(model.config, 1, len(prompt) + params.max_tokens, weight.device, weight.dtype)
+    sampler, step = Sampler(params), list(prompt)
+    for _ in range(params.max_tokens):
+        states = model.states(torch.tensor([step], device=weight.device), cache=cache)
+        # The head at the last position alone: a long prompt's logits can be larger than the model.
+        token = sampler.draw(F.linear(states.hidden[0, -1], weight))
+        if token in ends:
+            return
+        yield token
+        step = [token]
