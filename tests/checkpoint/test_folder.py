@@ -136,5 +136,5 @@ def test_damaged_files_raise_nothing_but_our_errors(written, tmp_path, data):
 
 def test_a_shard_whose_name_no_file_can_have_is_missing(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}))
-    with pytest.raises(CheckpointError, match="xxx.safetensors does not exist"):
+    with pytest.raises(CheckpointError, match=r"xxx\.safetensors does not exist"):
         read_entries(tmp_path)

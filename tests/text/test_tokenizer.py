@@ -195,9 +195,8 @@ def test_hostile_json_is_a_text_error(tmp_path, text):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_special_token_that_is_no_text_is_refused(tmp_path):
-    content = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "ByteLevel"}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+def test_a_special_token_that_is_no_text_is_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": [3]}')
     with pytest.raises(TextError, match=r"bos_token is \[3\] in tokenizer_config.json of .*; it must be a token"):
         Tokenizer.from_folder(tmp_path)
