@@ -93,7 +93,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 def _file_entries(folder: Path, file: str) -> list[Entry]:
     path = folder / file
-    if not path.is_file():
+    if len(file) > 255 or not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
         with safe_open(path, framework="np") as opened:

@@ -57,12 +57,15 @@ def main(arguments: list[str]) -> int:
     except BenthicError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output left (`| head`): say nothing more, not even at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a name too long, a file that vanished: what no command foresaw of the system's refusals
+        print(f"error: the system refused: {error.strerror or error}: {str(error.filename)[:200]!r}", file=sys.stderr)
+        return BenthicError.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _command(name: str):

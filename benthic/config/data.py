@@ -42,7 +42,7 @@ class DataConfig(Settings):
     """Keep attention and labels inside a document. DeepSeek-V3 packs without it (arXiv:2412.19437, section 4.1)."""
     fim_rate: Share = 0.0
     """Share of training documents rearranged to fill in the middle (V3: 0.1)."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of procedural text, of rearranged documents and of the order of sequences."""
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from benthic.config.settings import Settings
 
@@ -23,7 +23,17 @@ NormPlacement = Literal["before", "after"]
 LATENT_NORM_EPS = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says (released modelling code)."""
 
-Positive = Annotated[int, Field(gt=0)]
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not true or false")
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(_no_truth_value), Field(gt=0, lt=2**48)]
+"""A size or a count. Its upper bound is far beyond any machine, and keeps arithmetic on wrong input quick and exact."""
+Layers = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0, le=10_000)]
+"""A number of layers, each of which costs work to plan."""
 TokenIds = int | tuple[int, ...] | None
 
 # A size that is None where the model has no such part. The validator below guarantees that latent sizes come together
@@ -101,7 +111,7 @@ class ModelConfig(Settings):
     vocab_size: Positive
     hidden_size: Positive
     intermediate_size: Positive
-    num_hidden_layers: Positive
+    num_hidden_layers: Annotated[Layers, Field(gt=0)]
     num_attention_heads: Positive
     num_key_value_heads: Positive
     max_position_embeddings: Positive
@@ -140,7 +150,7 @@ class ModelConfig(Settings):
     """With aux_loss_alpha, a record alone: how the published weights were trained, kept so that config.json comes back
     as it was. Nothing computes with either; a run's own loss is set in BalanceConfig."""
 
-    num_nextn_predict_layers: int = Field(0, ge=0)
+    num_nextn_predict_layers: Layers = 0
 
     bos_token_id: TokenIds = None
     eos_token_id: TokenIds = None

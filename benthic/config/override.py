@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import yaml
-
 from benthic.config.settings import Settings, refuse_unknown_keys
+from benthic.config.yaml_text import read_yaml
 from benthic.errors import ConfigError
 
 S = TypeVar("S", bound=Settings)
@@ -24,7 +23,7 @@ def override(config: S, values: Mapping[str, str]) -> S:
     """
     tree = config.model_dump(mode="json")
     for path, text in values.items():
-        _set(tree, path, _read(path, text))
+        _set(tree, path, read_yaml(text, f"the value of --{path}"))
     return type(config)(**tree)
 
 
@@ -49,10 +48,3 @@ def _child(level: Any, name: str, walked: list[str]) -> Any:
         raise ConfigError(f"{where} is a single value, so it has no {name!r}")
     refuse_unknown_keys([name], level, where)
     return level[name]
-
-
-def _read(path: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"cannot read the value of --{path}: {text!r}") from None

@@ -9,6 +9,7 @@ Written: what transformers 5 loads. A model that no published architecture descr
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ def preset_names() -> list[str]:
 def load_config(name: str | Path) -> ModelConfig:
     """See ModelConfig.from_pretrained."""
     path = Path(name)
+    if len(path.name.encode(errors="replace")) > 255:
+        raise ConfigError(
+            f"no model is named {path.name[:40]!r}...: {len(path.name)} characters are too many for a file"
+        )
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
@@ -111,12 +116,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a ConfigError naming the place of the fault."""
     text = read_text(path, "configuration")
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(text, object_pairs_hook=_each_key_once)
+    except RecursionError:
+        raise ConfigError(f"{path} is not usable JSON: it is nested too deeply") from None
+    except ValueError as error:  # also a number of thousands of digits, or a key given twice
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}, not a JSON object")
     return data
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if [one for one, _ in pairs].count(key) > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return found
 
 
 def config_from_published(data: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -126,7 +141,7 @@ def config_from_published(data: dict[str, Any], where: str = "config.json") -> M
         if family == "benthic":
             own = {k: v for k, v in data.items() if k not in ("model_type", "architectures", "transformers_version")}
             return ModelConfig(**own)
-        if family not in _DEFAULTS:
+        if not isinstance(family, str) or family not in _DEFAULTS:
             raise ConfigError(
                 f"model_type is {family!r}, which benthic does not hold",
                 hint="allowed: " + ", ".join([*_DEFAULTS, "benthic"]),
@@ -147,6 +162,7 @@ def _fields(data: dict[str, Any], family: str) -> dict[str, Any]:
     missing += [key for key in _STATED_KEYS.get(family, ()) if key not in data]
     if missing:
         raise ConfigError(f"missing: {', '.join(missing)}", hint=f"a {family} config must state them")
+    _refuse_other_sizes(data, ("hidden_size", "num_attention_heads", "max_position_embeddings"))
     given = {key: data[key] for key in [*_COMMON_KEYS, *family_keys] if data.get(key) is not None}
     fields = _DEFAULTS[family] | given
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
@@ -176,6 +192,14 @@ def _fields(data: dict[str, Any], family: str) -> dict[str, Any]:
     return fields
 
 
+def _refuse_other_sizes(data: dict[str, Any], keys: Iterable[str]) -> None:
+    """For keys that arithmetic needs before ModelConfig looks at them."""
+    for key in keys:
+        value = data.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(f"{key} is {value!r}; it must be a whole number above 0")
+
+
 def _refuse_other_values(data: dict[str, Any]) -> None:
     for key, values in _ONE_VALUE_KEYS.items():
         # A sliding window that use_sliding_window switches off is not in force (Qwen2.5).
@@ -183,7 +207,8 @@ def _refuse_other_values(data: dict[str, Any]) -> None:
             continue
         if key in data and data[key] not in values:
             raise ConfigError(f"{key} is {data[key]!r}; benthic holds models with {key} {values[0]!r} only")
-    if any(kind != "full_attention" for kind in data.get("layer_types") or ()):
+    kinds = data.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise ConfigError(f"layer_types is {data['layer_types']!r}; benthic holds full_attention layers only")
 
 
@@ -198,14 +223,16 @@ def _quantization(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope(data: dict[str, Any], max_positions: int) -> dict[str, Any]:
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(data.get(key), dict | None):
+            raise ConfigError(f"{key} is {data[key]!r}; it must be an object or null")
     nested = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    if not isinstance(nested, dict):
-        raise ConfigError(f"rope_scaling is {nested!r}; it must be an object or null")
     rope = {key: value for key, value in nested.items() if value is not None and key != "type"}
     rope.setdefault("rope_type", nested.get("type", "default"))
-    rope.setdefault("rope_theta", data.get("rope_theta") or 10000.0)
+    rope.setdefault("rope_theta", 10000.0 if data.get("rope_theta") is None else data["rope_theta"])
     # transformers' fallbacks for a yarn block that leaves one of the two out.
     if rope["rope_type"] == "yarn":
+        _refuse_other_sizes(nested, ("original_max_position_embeddings",))
         rope.setdefault("original_max_position_embeddings", max_positions)
         rope.setdefault("factor", max_positions / rope["original_max_position_embeddings"])
     return rope

@@ -25,9 +25,11 @@ def _describe(error: ValidationError, title: str) -> str:
 class Settings(BaseModel):
     """Frozen data. A wrong value or an unknown key raises ConfigError, however it is built."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         refuse_unknown_keys(values, type(self).model_fields, type(self).__name__)
         try:
             super().__init__(**values)

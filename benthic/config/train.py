@@ -16,9 +16,10 @@ from benthic.config.data import DataConfig
 from benthic.config.manifest import Group
 from benthic.config.model import ModelConfig, Positive
 from benthic.config.settings import Settings, read_text
+from benthic.config.yaml_text import read_yaml
 from benthic.errors import ConfigError
 
-NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -201,7 +202,7 @@ class TrainConfig(Settings):
     data: DataConfig
     steps: Positive
     start_from: str | None = None
-    seed: NonNegative = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
@@ -256,10 +257,7 @@ class TrainConfig(Settings):
     def from_yaml(cls, path: str | Path) -> Self:
         """The config a YAML file states. Raises ConfigError naming file and field."""
         path = Path(path)
-        try:
-            data = yaml.safe_load(read_text(path, "training config"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        data = read_yaml(read_text(path, "training config"), str(path))
         if not isinstance(data, dict):
             raise ConfigError(f"{path} holds a {type(data).__name__}, not a mapping of settings")
         try:

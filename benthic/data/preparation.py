@@ -60,7 +60,7 @@ def _reusable(folder: Path, wanted: str) -> Dataset | None:
     if not (folder / MANIFEST_FILE).exists():
         return None
     try:
-        found = Dataset.open(folder)
+        found = Dataset.open(folder, verify=True)
     except BenthicError as error:
         logger.warning("data: preparing again, because %s", error.message)
         return None

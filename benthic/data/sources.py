@@ -142,7 +142,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
             raise DataError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number} holds a {type(row).__name__}, not an object")

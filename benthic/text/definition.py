@@ -65,14 +65,21 @@ def parse(definition: str, origin: str) -> dict[str, Any]:
     if not isinstance(content.get("model"), dict):
         raise TextError(f"{origin} has no 'model'; it is not a tokenizer.json")
     decoder = content.get("decoder") or {}
-    kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
+    parts = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else [decoder]
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise TextError(f"{origin}: decoder must be an object, or a sequence of them")
+    kinds = [part.get("type") for part in parts]
     if "ByteLevel" not in kinds:
         raise TextError(f"{origin}: decoder {'+'.join(map(str, kinds))} is not supported; allowed: ByteLevel")
     added = content.get("added_tokens") or []
-    if not all(isinstance(row, dict) and {"id", "content"} <= row.keys() for row in added):
+    if not isinstance(added, list) or not all(map(_is_added_token, added)):
         raise TextError(f"{origin}: every one of added_tokens needs an id and its content")
     # A file may carry truncation or padding from its last use; ids would be lost without a word.
     return {**content, "added_tokens": added, "truncation": None, "padding": None}
+
+
+def _is_added_token(row: Any) -> bool:
+    return isinstance(row, dict) and type(row.get("id")) is int and isinstance(row.get("content"), str)
 
 
 def backend(definition: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
@@ -86,7 +93,7 @@ def backend(definition: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
 def _object(text: str, origin: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise TextError(f"{origin} is not JSON: {error}", hint="download or copy the file again") from None
     if not isinstance(content, dict):
         raise TextError(f"{origin} holds a {type(content).__name__}, not a JSON object")

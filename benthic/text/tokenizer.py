@@ -209,6 +209,8 @@ class Tokenizer:
         token = spelling(self.config.get(name))
         if token is None:
             return None
+        if not isinstance(token, str):
+            raise TextError(f"{name} is {token!r} in {CONFIG_FILE} of {self.origin}; it must be a token's spelling")
         found = self._plain.token_to_id(token)
         if found is None:
             raise TextError(

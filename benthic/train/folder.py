@@ -88,9 +88,10 @@ class RunFolder:
         for name in ROWS:
             path = self.path / name
             if path.exists():
-                write_atomic(path, "".join(_rows_until(path.read_text(encoding="utf-8"), step)))
+                write_atomic(path, b"".join(_rows_until(path, step)))
         for path in self.routing.glob("loads-*.npz"):
-            if int(path.stem.removeprefix("loads-")) > step:
+            number = path.stem.removeprefix("loads-")
+            if number.isdecimal() and int(number) > step:
                 path.unlink()
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -100,10 +101,22 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
 
-def _rows_until(text: str, step: int) -> Iterator[str]:
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
+def _rows_until(path: Path, step: int) -> Iterator[bytes]:
+    with explained(path.name, path):
+        content = path.read_bytes()
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        if line.endswith(b"\n") and _step(line, f"{path}, line {number}") <= step:
             yield line
+
+
+def _step(line: bytes, where: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunError(
+            f"{where} is no row of a run ({type(error).__name__}: {error})",
+            hint="mend or remove that line, then run again with --resume; the saved states are intact",
+        ) from None
 
 
 @contextmanager

@@ -92,7 +92,13 @@ class Optimizer:
         missing = [name for name in self.masters if name not in masters]
         if missing:
             raise CheckpointError(f"the saved state lacks {len(missing)} weights, first {missing[0]!r}")
+        if updates and not any(name.startswith(FIRST) for name in moments):
+            raise CheckpointError(
+                f"the saved state has made {updates} updates but lacks their moments",
+                hint="move that state away; --resume then continues from the one before it",
+            )
         for name, master in self.masters.items():
+            _refuse_other_shape(name, master, masters, moments)
             master.copy_(masters[name])
             if f"{FIRST}.{name}" in moments:
                 self._adamw.state[master] = {
@@ -101,6 +107,21 @@ class Optimizer:
                     SECOND: moments[f"{SECOND}.{name}"].to(master.device, copy=True),
                 }
         self._publish()
+
+
+def _refuse_other_shape(
+    name: str, master: Tensor, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+) -> None:
+    names = {"weight": name, FIRST: f"{FIRST}.{name}", SECOND: f"{SECOND}.{name}"}
+    saved = {kind: (masters if kind == "weight" else moments).get(key) for kind, key in names.items()}
+    for kind, tensor in saved.items():
+        if tensor is not None and tensor.shape != master.shape:
+            raise CheckpointError(
+                f"the saved {kind} of {name} is {list(tensor.shape)}; the config makes it {list(master.shape)}",
+                hint="resume with the model settings this state was trained with",
+            )
+    if (saved[FIRST] is None) != (saved[SECOND] is None):
+        raise CheckpointError(f"the saved state holds one moment of {name}, not both")
 
 
 def _master(parameter: torch.nn.Parameter) -> Tensor:

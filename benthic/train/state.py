@@ -57,7 +57,8 @@ class State:
 
 def complete_states(checkpoints: Path) -> list[Path]:
     """Folders of complete states, oldest first."""
-    return sorted(path for path in checkpoints.glob(f"{_PREFIX}*") if path.is_dir())
+    numbered = (path for path in checkpoints.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal())
+    return sorted(path for path in numbered if path.is_dir())
 
 
 def save_state(checkpoints: Path, state: State, keep: int | None) -> Path:
@@ -89,19 +90,36 @@ def read_state(folder: Path, device: torch.device) -> State:
     """Read a state and set torch's generators to it. Raises CheckpointError naming the file that is wrong."""
     try:
         numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = numbers.pop("format", None)
+        numbers.pop("torch", None)
+        progress = _progress(numbers) if found == FORMAT else None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(folder / "state.json", error) from None
-    if numbers.pop("format", None) != FORMAT:
+    if progress is None:
         raise CheckpointError(f"{folder} was written in another format than {FORMAT}, the one this version reads")
-    numbers.pop("torch")
-    _set_generators(_tensors(folder / "random.safetensors", torch.device("cpu")))
+    try:
+        _set_generators(_tensors(folder / "random.safetensors", torch.device("cpu")))
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise _damaged(folder / "random.safetensors", error) from None
     average = folder / "average.safetensors"
     return State(
-        progress=Progress(**numbers),
+        progress=progress,
         weights=_tensors(folder / "weights.safetensors", device),
         moments=_tensors(folder / "moments.safetensors", device),
         average=_tensors(average, device) if average.exists() else None,
     )
+
+
+def _progress(numbers: dict[str, Any]) -> Progress:
+    """Progress whose numbers are numbers and whose parts are objects; TypeError otherwise."""
+    progress = Progress(**numbers)
+    for name, default in asdict(Progress()).items():
+        value = getattr(progress, name)
+        if type(value) is not type(default):
+            raise TypeError(f"{name} is {value!r}")
+    if type(progress.loader.get("position", 0)) is not int:
+        raise TypeError(f"loader.position is {progress.loader['position']!r}")
+    return progress
 
 
 def _tensors(path: Path, device: torch.device) -> dict[str, Tensor]:

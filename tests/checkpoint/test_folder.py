@@ -132,3 +132,9 @@ def test_damaged_files_raise_nothing_but_our_errors(written, tmp_path, data):
         load_into(Bag(TINY), open_checkpoint(folder))
     except BenthicError as error:
         assert isinstance(error, CheckpointError)  # noqa: PT017
+
+
+def test_a_shard_whose_name_no_file_can_have_is_missing(tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"xxx\.safetensors does not exist"):
+        read_entries(tmp_path)

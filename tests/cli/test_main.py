@@ -55,3 +55,8 @@ def test_every_command_answers_help(command):
     assert done.returncode == 0
     assert "usage: benthic" in done.stdout
     assert done.stderr == ""
+
+
+def test_what_the_system_refuses_is_a_message_with_code_two(tmp_path, capsys):
+    assert main(["convert", str(tmp_path), "a" * 300, "--weights", "bf16"]) == 2
+    assert "error: the system refused: File name too long: 'aaa" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Published config.json files in both spellings, there and back, and against transformers."""
 
 import json
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from benthic.config.published import (
     config_to_published,
     preset_names,
     published_model_type,
+    read_json,
 )
 from benthic.errors import ConfigError
 
@@ -138,6 +140,49 @@ def test_unknown_names_and_broken_files_are_clear_errors(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds a list, not a JSON object"):
         ModelConfig.from_pretrained(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": ["deepseek_v3"]}, "model_type is ['deepseek_v3'], which benthic does not hold"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'; it must be a whole number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number above 0"),
+        ({"max_position_embeddings": {}}, "max_position_embeddings is {}; it must be a whole number above 0"),
+        ({"rope_scaling": []}, "rope_scaling is []; it must be an object or null"),
+        ({"rope_theta": 0}, "rope_theta: Input should be greater than 0 (given 0)"),
+        ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}}, "original_max_position_embeddings"),
+        ({"layer_types": 3}, "layer_types is 3; benthic holds full_attention layers only"),
+        ({"vocab_size": True}, "vocab_size: Input should be a number, not true or false (given True)"),
+        ({"vocab_size": 10**30}, "vocab_size: Input should be less than"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers: Input should be less than or equal to 10000"),
+        ({"num_nextn_predict_layers": 10**12}, "num_nextn_predict_layers: Input should be less than or equal to 10000"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps: Input should be a finite number (given inf)"),
+    ],
+)
+def test_values_of_any_type_are_refused_by_name(changes, message):
+    data = read_json(PRESETS / "deepseek-v3.json") | changes
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_from_published(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": ' * 9000, "is not usable JSON: it is nested too deeply"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "is not valid JSON: Exceeds the limit"),
+        ('{"vocab_size": 1, "vocab_size": 2}', "is not valid JSON: key 'vocab_size' is given twice"),
+    ],
+)
+def test_hostile_json_is_a_config_error(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_pretrained(tmp_path)
+
+
+def test_a_name_too_long_for_a_file_is_refused():
+    with pytest.raises(ConfigError, match=r"no model is named 'aaaa.*: 5000 characters are too many for a file"):
+        ModelConfig.from_pretrained("a" * 5000)
 
 
 def test_a_hub_name_finds_its_preset():

@@ -208,3 +208,12 @@ def test_the_standard_library_is_prepared(tmp_path):
     assert found.manifest.train.text_bytes / found.manifest.train.tokens > 3
     held = compress(found.text("validation"))
     assert 0.8 < held.xz_alone < held.zlib_alone < 3
+
+
+def test_changed_tokens_are_never_reused(procedural_config, tmp_path, caplog):
+    expected = prepare(procedural_config, tmp_path).train.tokens.tolist()
+    path = tmp_path / "train.bin"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert prepare(procedural_config, tmp_path).train.tokens.tolist() == expected
+    assert "preparing again, because" in caplog.text
+    assert "was changed after it was written" in caplog.text

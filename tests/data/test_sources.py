@@ -162,3 +162,11 @@ def test_a_jsonl_row_keeps_its_name_when_others_are_added(tmp_path):
     before = texts(source="jsonl", path=str(tmp_path))
     (tmp_path / "a.jsonl").write_text("".join(rows))
     assert texts(source="jsonl", path=str(tmp_path))[:2] == before
+
+
+@pytest.mark.parametrize("line", ["[" * 9000, '{"text": ' + "9" * 5000 + "}"])
+def test_hostile_json_lines_are_named(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1 is not JSON"):
+        list(open_source(DataConfig(source="jsonl", path=str(path))).read())

@@ -170,3 +170,33 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TextError, match="cannot write"):
         tokenizer.save(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder": 3}, "decoder must be an object, or a sequence of them"),
+        ({"decoder": {"decoders": [3]}}, "decoder must be an object, or a sequence of them"),
+        ({"added_tokens": 3}, "every one of added_tokens needs an id and its content"),
+        ({"added_tokens": [{"id": "x", "content": "a"}]}, "every one of added_tokens needs an id and its content"),
+    ],
+)
+def test_parts_of_other_types_are_refused(tmp_path, changes, message):
+    content = {"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}} | changes
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TextError, match=message):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 9000, '{"model": ' + "9" * 5000 + "}"])
+def test_hostile_json_is_a_text_error(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(TextError, match="is not JSON"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_special_token_that_is_no_text_is_refused(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": [3]}')
+    with pytest.raises(TextError, match=r"bos_token is \[3\] in tokenizer_config.json of .*; it must be a token"):
+        Tokenizer.from_folder(tmp_path)

@@ -104,3 +104,26 @@ def test_a_folder_that_may_not_be_written_is_a_clear_error(tmp_path, monkeypatch
     with pytest.raises(RunError, match="not allowed to write the run folder") as caught:
         make(tmp_path / "run")
     assert "--run-folder" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b"{broken\n", r"line 2 is no row of a run \(JSONDecodeError"),
+        (b"[1]\n", r"line 2 is no row of a run \(TypeError"),
+        (b'{"loss": 1}\n', r"line 2 is no row of a run \(KeyError: 'step'"),
+        (b"\xff\xfe\n", r"line 2 is no row of a run \(UnicodeDecodeError"),
+    ],
+)
+def test_a_damaged_row_is_named_and_nothing_is_dropped(tmp_path, row, message):
+    folder = make(tmp_path)
+    (folder.routing / "loads-mine.npz").touch()
+    content = b'{"step": 1}\n' + row + b'{"step": 9}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(RunError, match=message) as caught:
+        folder.rewind(2)
+    assert "mend or remove that line" in caught.value.hint
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n')
+    folder.rewind(0)
+    assert (folder.routing / "loads-mine.npz").exists()

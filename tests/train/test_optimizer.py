@@ -133,3 +133,15 @@ def test_the_average_follows_its_formula_and_is_gone_after_use():
     with average.installed(model):
         assert model.get_parameter(GAIN)[0].item() == average.tensors[GAIN][0].item()
     assert model.get_parameter(GAIN)[0].item() == 2.0
+
+
+def test_saved_tensors_of_another_model_or_without_moments_are_refused():
+    _, optimizer = build()
+    masters = dict(optimizer.masters)
+    with pytest.raises(CheckpointError, match="has made 3 updates but lacks their moments"):
+        optimizer.load(masters, {}, 3)
+    moment = {f"exp_avg.{GAIN}": torch.ones_like(masters[GAIN])}
+    with pytest.raises(CheckpointError, match=r"holds one moment of model.norm.weight, not both"):
+        optimizer.load(masters, moment, 3)
+    with pytest.raises(CheckpointError, match=r"the saved weight of model.norm.weight is \[7\]; the config makes it"):
+        optimizer.load(masters | {GAIN: torch.ones(7)}, moment, 3)

@@ -169,3 +169,33 @@ def test_a_rename_that_is_refused_leaves_nothing_behind(tmp_path, monkeypatch, c
     with pytest.raises(kind, match=message):
         disk.publish_folder(tmp_path / "final", "a thing", lambda folder: None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        ("null", "'NoneType' object"),
+        ('{"format": 1, "step": "x"}', "step is 'x'"),
+        ('{"format": 1, "unheard_of": 1}', "unheard_of"),
+        ('{"format": 1, "loader": {"position": "x"}}', "loader.position is 'x'"),
+    ],
+)
+def test_numbers_of_other_types_are_damage_with_a_way_out(tmp_path, numbers, reason):
+    folder = save_state(tmp_path, state(3), keep=2)
+    (folder / "state.json").write_text(numbers)
+    with pytest.raises(CheckpointError, match=r"cannot read .*state\.json: .*" + reason) as caught:
+        read_state(folder, CPU)
+    assert "--resume then continues from the state before it" in caught.value.hint
+
+
+def test_a_random_file_without_generators_is_damage(tmp_path):
+    folder = save_state(tmp_path, state(3), keep=2)
+    (folder / "weights.safetensors").rename(folder / "random.safetensors")
+    with pytest.raises(CheckpointError, match=r"cannot read .*random\.safetensors: 'cpu'"):
+        read_state(folder, CPU)
+
+
+def test_a_folder_without_a_step_number_is_no_state(tmp_path):
+    saved = save_state(tmp_path, state(3), keep=2)
+    (tmp_path / "step-mine").mkdir()
+    assert complete_states(tmp_path) == [saved]
