@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benthic.cli.threads import choose_waiting
 from benthic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> int:
     config = demo()
     if options.steps != config.steps or options.source != config.data.source:
         config = config.replace(steps=options.steps, data=config.data.replace(source=options.source))
+    choose_waiting()
     console = Console(highlight=False)
     began = time.monotonic()
     _show_plan(console, config)

@@ -49,9 +49,6 @@ def main(arguments: list[str]) -> int:
         print(benthic.__version__)
         return 0
     to_stderr()
-    # Before torch loads OpenMP: threads that sleep while they wait instead of spinning. On two cores shared with other
-    # work, training the demo's model is four times as fast so (300-700 against 1,400-2,500 tokens/s).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _command(arguments[0])(arguments[1:])
     except BenthicError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benthic.config.override import override
 from benthic.config.train import TrainConfig
+from benthic.cli.threads import choose_waiting
 from benthic.errors import ConfigError, did_you_mean
 
 FLAGS = ("--run-folder", "--resume", "--plan-only", "--plan-device", "--show-config", "--help", "-h")
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
     if options.plan_only:
         print_plan(config, options.plan_device)
         return 0
+    choose_waiting()
     from benthic.train.run import run
 
     folder = options.run_folder or Path("runs") / config.name
