@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benthic.cli.threads import choose_waiting
 from benthic.config.override import override
 from benthic.config.train import TrainConfig
-from benthic.cli.threads import choose_waiting
 from benthic.errors import ConfigError, did_you_mean
 
 FLAGS = ("--run-folder", "--resume", "--plan-only", "--plan-device", "--show-config", "--help", "-h")

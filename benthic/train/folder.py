@@ -60,7 +60,7 @@ class RunFolder:
     @classmethod
     def _entered(cls, path: Path, config: TrainConfig, resume: bool) -> Self:
         used = [one.name for one in path.iterdir() if one.name not in NO_RUN]
-        if used and not resume:
+        if used and not resume and not _never_began(path, used):
             raise RunError(
                 f"run folder {path} is not empty (it holds {', '.join(sorted(used)[:3])})",
                 hint="continue that run with --resume, or start another with --run-folder",
@@ -117,6 +117,13 @@ def _step(line: bytes, where: str) -> int:
             f"{where} is no row of a run ({type(error).__name__}: {error})",
             hint="mend or remove that line, then run again with --resume; the saved states are intact",
         ) from None
+
+
+def _never_began(path: Path, used: list[str]) -> bool:
+    """Whether a start failed before its first row: nothing is lost when another takes the folder."""
+    if not set(used) <= {"config.yaml", "checkpoints", "routing"}:
+        return False
+    return not any(child for name in used if (path / name).is_dir() for child in (path / name).iterdir())
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from benthic.config.train import BalanceConfig, CheckpointConfig, LoggingConfig, OptimizerConfig, Phase, Schedule
-from benthic.errors import RunError
+from benthic.errors import DataError, RunError
 from benthic.train.folder import RunFolder, refuse_changed_config
+from benthic.train.run import run
 from tests.train.small import small_model, small_run
 
 
@@ -25,7 +26,7 @@ def test_a_new_folder_holds_the_whole_config(tmp_path):
 
 
 def test_a_folder_in_use_is_refused_with_the_way_out(tmp_path):
-    make(tmp_path)
+    make(tmp_path).append("metrics.jsonl", {"step": 1})
     with pytest.raises(RunError, match="is not empty") as caught:
         make(tmp_path)
     assert "--resume" in caught.value.hint
@@ -127,3 +128,16 @@ def test_a_damaged_row_is_named_and_nothing_is_dropped(tmp_path, row, message):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n')
     folder.rewind(0)
     assert (folder.routing / "loads-mine.npz").exists()
+
+
+def test_a_start_that_failed_on_its_corpus_does_not_block_the_next(tmp_path):
+    folder = tmp_path / "run"
+    empty = tmp_path / "corpus"
+    empty.mkdir()
+    config = small_run()
+    wrong = config.replace(data=config.data.replace(source="folder", path=str(empty)))
+    with pytest.raises(DataError):
+        run(wrong, folder)
+    assert run(config, folder).model is not None
+    with pytest.raises(RunError, match="is not empty"):
+        run(config, folder)
