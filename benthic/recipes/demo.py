@@ -26,7 +26,7 @@ def demo() -> TrainConfig:
         name="demo",
         model=ModelConfig.from_pretrained("tiny"),
         data=DataConfig(source="stdlib", vocab_size=4096, sequence_length=128),
-        steps=240,
+        steps=280,
         optimizer=OptimizerConfig(
             learning_rate=Schedule(
                 peak=5e-3,
