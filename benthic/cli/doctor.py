@@ -11,7 +11,7 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-REQUIRED = ("torch", "numpy", "pydantic", "tyro", "rich", "pyyaml", "safetensors", "tokenizers", "jinja2", "jaxtyping")
+REQUIRED = ("torch", "numpy", "pydantic", "rich", "pyyaml", "safetensors", "tokenizers", "jinja2", "jaxtyping")
 OPTIONAL = {
     "pyarrow": ("parquet as training data", "pip install 'benthic[data]'"),
     "matplotlib": ("plots of plans", "pip install 'benthic[plot]'"),

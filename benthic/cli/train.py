@@ -8,7 +8,7 @@ from pathlib import Path
 from benthic.cli.threads import choose_waiting
 from benthic.config.override import override
 from benthic.config.train import TrainConfig
-from benthic.errors import ConfigError, did_you_mean
+from benthic.errors import ConfigError, RunError, did_you_mean
 
 FLAGS = ("--run-folder", "--resume", "--plan-only", "--plan-device", "--show-config", "--help", "-h")
 VALUED = ("--run-folder", "--plan-device")
@@ -93,9 +93,19 @@ def _base(recipe: str | None, folder: Path | None, resume: bool) -> TrainConfig:
             raise ConfigError(
                 "which recipe? none was named", hint="benthic train demo, or --resume --run-folder FOLDER to continue"
             )
+        if not (folder / "config.yaml").is_file():
+            raise RunError(
+                f"nothing to resume in {folder}: it has no config.yaml",
+                hint="--run-folder names the folder of a run; start one with benthic train RECIPE --run-folder FOLDER",
+            )
         return TrainConfig.from_yaml(folder / "config.yaml")
     if Path(recipe).is_file():
         return TrainConfig.from_yaml(recipe)
+    if (Path(recipe) / "config.yaml").is_file():
+        raise ConfigError(
+            f"{recipe!r} is the folder of a run",
+            hint=f"continue it with --resume --run-folder {recipe}, or start from its settings: {recipe}/config.yaml",
+        )
     from benthic.recipes import find_recipe
 
     return find_recipe(recipe)()

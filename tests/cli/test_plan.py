@@ -220,9 +220,7 @@ def test_a_config_it_does_not_know_is_refused_and_never_guessed(folder, changes,
 
 def test_json_needs_neither_torch_nor_rich_nor_matplotlib():
     code = "import sys; from benthic.cli.main import main; main(['plan', 'deepseek-v3', '--json']); "
-    code += (
-        "heavy = {'torch', 'rich', 'matplotlib', 'transformers', 'tyro'} & set(sys.modules); assert not heavy, heavy"
-    )
+    code += "heavy = {'torch', 'rich', 'matplotlib', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

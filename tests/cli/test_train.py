@@ -138,3 +138,13 @@ def test_overrides_reach_into_lists_and_give_frozen_configs():
     assert changed.sampling.prompts == ("a", "b")
     with pytest.raises(ConfigError, match="there is no 'x'"):
         override(small_run(), {"optimizer.learning_rate.phases.x.until": "9"})
+
+
+def test_a_run_folder_in_the_wrong_place_is_told_its_place(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    assert main(["train", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert "is the folder of a run" in shown
+    assert f"--resume --run-folder {tmp_path}" in shown
+    assert main(["train", "--resume", "--run-folder", str(tmp_path / "none")]) == 2
+    assert "nothing to resume in" in capsys.readouterr().err
