@@ -95,7 +95,8 @@ def _train(config: TrainConfig, folder: Path) -> int | None:
     """The signal that stopped the run, or None at its end."""
     from benthic.train.run import run
 
-    if (folder / "model").exists():
+    # Only a finished run is moved; any other folder with things in it is refused by run().
+    if all((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "model")):
         _set_aside(folder)
     resume = (folder / "config.yaml").exists()
     summary = run(config, folder, resume)

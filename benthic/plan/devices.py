@@ -98,12 +98,13 @@ class Device:
         return Rate(0.5 * self.peak[precision], "assumed 50% of peak: nobody measured it")
 
     def bandwidth(self, kind: MemoryWork) -> Rate:
-        """Bytes/s to expect of a kind of memory-bound kernel."""
+        """Bytes/s to expect of a kind of memory-bound kernel; never more than a copy's, whose rate differs by 2% from
+        run to run."""
         if found := self.measured_bandwidth.get(kind):
-            return found
+            return found if found.value <= self.memory_bandwidth.value else self.memory_bandwidth
         model = DEVICES[self.like] if self.like else self
         if found := model.measured_bandwidth.get(kind):
-            share = found.value / model.memory_bandwidth.value
+            share = min(1.0, found.value / model.memory_bandwidth.value)
             source = f"assumed: {share:.0%} of a copy, as on {model.title} ({found.source})"
             return Rate(share * self.memory_bandwidth.value, source)
         return Rate(self.memory_bandwidth.value, "assumed: as fast as a copy")

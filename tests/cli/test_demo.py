@@ -7,7 +7,7 @@ import torch
 
 import benthic
 from benthic.cli import demo
-from benthic.errors import ConfigError
+from benthic.errors import ConfigError, RunError
 
 
 @pytest.mark.slow
@@ -39,3 +39,13 @@ def test_the_demo_ends_with_a_model_that_transformers_agrees_with(tmp_path, caps
 def test_no_steps_are_refused():
     with pytest.raises(ConfigError, match="--steps is 0; at least 1"):
         demo.main(["--steps", "0"])
+
+
+def test_a_folder_that_is_no_run_is_never_moved(tmp_path):
+    folder = tmp_path / "project"
+    (folder / "model").mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="is not empty"):
+        demo.main(["--steps", "1", "--source", "procedural", "--run-folder", str(folder)])
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [folder]

@@ -35,11 +35,11 @@ def test_a_rate_nobody_measured_takes_the_share_measured_elsewhere_and_says_so()
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_every_kind_of_memory_bound_kernel_has_a_bandwidth_near_or_below_a_copy_s_and_a_source(name):
+def test_every_kind_of_memory_bound_kernel_has_a_bandwidth_at_most_a_copy_s_and_a_source(name):
     device = find_device(name)
     for kind in MEMORY_WORKS:
         rate = device.bandwidth(kind)
-        assert 0 < rate.value <= 1.03 * device.memory_bandwidth.value
+        assert 0 < rate.value <= device.memory_bandwidth.value
         assert rate.source
     assert 1e-6 <= device.launch_seconds.value < 1e-4
     assert device.launch_seconds.source
