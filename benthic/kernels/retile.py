@@ -16,9 +16,7 @@ from benthic.kernels.hopper import require, require_fp8
 from benthic.kernels.quantise import BLOCK
 
 
-def retile_columns(
-    values: Tensor, scales: Tensor, ends: Tensor, tokens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def retile_columns(values: Tensor, scales: Tensor, ends: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """values float8_e4m3fn [T, C] with scales float32 [ceil(C / 128), T], powers of two (quantise_rows) -> the layout
     of quantise_columns: values [C, P], scales [P / 128, C], powers of two.
 

@@ -98,11 +98,15 @@ class Float8Experts(Experts):
     down_copies: WeightCopies
 
     def forward(
-        self, x: Float[Tensor, "tokens width"], routing: Routing, rows: Float8Rows | None = None
+        self,
+        x: Float[Tensor, "tokens width"],
+        routing: Routing,
+        residual: Float[Tensor, "tokens width"] | None = None,
+        rows: Float8Rows | None = None,
     ) -> Float[Tensor, "tokens width"]:
         weights = self.gate_up_proj, self.down_proj
         gate_up, down = self.copies.of(weights[0]), self.down_copies.of(weights[1])
-        return float8.routed_experts_fp8(x, routing.experts, routing.weights, weights, gate_up, down, rows)
+        return float8.routed_experts_fp8(x, routing.experts, routing.weights, weights, gate_up, down, rows, residual)
 
 
 class Float8ExpertLayer(ExpertLayer):
@@ -115,10 +119,8 @@ class Float8ExpertLayer(ExpertLayer):
         tokens = x.flatten(0, -2)  # [T, D]
         routing = self.gate(tokens)
         rows = float8.quantise_activation(tokens)
-        out = self.experts(tokens, routing, rows)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens, rows)
-        return out.view_as(x), routing
+        shared = None if self.shared_experts is None else self.shared_experts(tokens, rows)
+        return self.experts(tokens, routing, shared, rows).view_as(x), routing
 
 
 def use_float8(model: LanguageModel) -> Float8Report:

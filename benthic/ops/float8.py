@@ -16,7 +16,7 @@ memory for its own backward, so that a second copy, in the paper's E5M6 or anyth
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,7 @@ class Arithmetic(NamedTuple):
     swiglu_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
     matmul: Callable[..., Tensor]
     weight_gradient: Callable[..., Tensor]
+    token_groups: Callable[[int, int, int, torch.device], int]
 
 
 @cache
@@ -92,6 +93,7 @@ def arithmetic(device_type: str) -> Arithmetic:
         swiglu_gradient=swiglu_fp8.swiglu_gradient_quantised,
         matmul=grouped_matmul_fp8.grouped_matmul_fp8,
         weight_gradient=grouped_weight_gradient_fp8.grouped_weight_gradient_fp8,
+        token_groups=grouped_weight_gradient_fp8.token_groups,
     )
 
 
@@ -138,7 +140,7 @@ def feed_forward_fp8(
 ) -> Float[Tensor, "*tokens width"]:
     """down(silu(gate x) * up x) of weights gate, up and down; `gate_up` is quantise_weight(gate, up)."""
     rows = quantise_activation(x) if rows is None else rows
-    return _FeedForward.apply(x, rows, None, None, gate_up, down, *weights)
+    return _FeedForward.apply(x, rows, None, None, gate_up, down, None, *weights)
 
 
 def routed_experts_fp8(
@@ -149,20 +151,41 @@ def routed_experts_fp8(
     gate_up: Float8Weight,
     down: Float8Weight,
     rows: Float8Rows | None = None,
+    residual: Float[Tensor, "tokens width"] | None = None,
 ) -> Float[Tensor, "tokens width"]:
-    """sum_k FFN of experts[t, k] at x[t], of `parameters` gate_up_proj and down_proj; weights[t, k] multiplies the
-    activation before down_proj. Experts may have no tokens, and x no rows; nothing waits for a GPU."""
+    """sum_k FFN of experts[t, k] at x[t], plus residual[t], of `parameters` gate_up_proj and down_proj; weights[t, k]
+    multiplies the activation before down_proj. Experts may have no tokens, and x no rows; nothing waits for a GPU."""
     rows = quantise_activation(x) if rows is None else rows
     permutation = sort_by_expert(experts, len(parameters[0]))
-    return _FeedForward.apply(x, rows, permutation, weights, gate_up, down, *parameters)
+    return _FeedForward.apply(x, rows, permutation, weights, gate_up, down, residual, *parameters)
 
 
 def _matrix(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).contiguous()
 
 
+@lru_cache(maxsize=256)
+def _even_groups(tokens: int, groups: int, device: torch.device) -> Tensor:
+    """Ends of `groups` groups of tokens; kept, because making them stops the queue of a GPU."""
+    with torch.inference_mode(False):
+        return torch.tensor([tokens * (group + 1) // groups for group in range(groups)], device=device).int()
+
+
 def _one_group(x: Tensor) -> Tensor:
-    return torch.full((1,), len(x), dtype=torch.int32, device=x.device)
+    return _even_groups(len(x), 1, x.device)
+
+
+def _dense_weight_gradient(gradient: tuple[Tensor, Tensor], inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """gradient [T, M] by rows times inputs [T, N], by rows in FP8 or as they are: [M, N], summed over tokens."""
+    tokens, device = len(gradient[0]), gradient[0].device
+    kernels = arithmetic(device.type)
+    groups = kernels.token_groups(tokens, gradient[0].shape[1], inputs[0].shape[1], device)
+    ends = _even_groups(tokens, groups, device)
+    columns = kernels.retile(*inputs, ends) if len(inputs) == 2 else kernels.columns(_matrix(inputs[0]), ends)
+    left = kernels.retile(*gradient, ends)
+    if groups == 1:
+        return kernels.weight_gradient(*left, *columns, ends, dtype)[0]
+    return kernels.weight_gradient(*left, *columns, ends).sum(0).to(dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -185,11 +208,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = kernels.matmul(*rows, weight.transposed, weight.transposed_scales, ends).view(ctx.shape)
         if any(ctx.needs_input_grad[3:]):
-            saved = ctx.saved_tensors
-            inputs = kernels.retile(*saved, ends) if len(saved) == 2 else kernels.columns(_matrix(saved[0]), ends)
-            gradient = kernels.retile(*rows, ends)
-            whole = kernels.weight_gradient(*gradient, *inputs, ends, ctx.parameters[0].dtype)
-            parts = whole[0].split([len(parameter) for parameter in ctx.parameters])
+            whole = _dense_weight_gradient(rows, ctx.saved_tensors, ctx.parameters[0].dtype)
+            parts = whole.split([len(parameter) for parameter in ctx.parameters])
         return grad_x, None, None, *parts
 
 
@@ -205,6 +225,7 @@ class _FeedForward(torch.autograd.Function):
         weights: Tensor | None,
         gate_up: Float8Weight,
         down: Float8Weight,
+        residual: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
         kernels = arithmetic(x.device.type)
@@ -215,9 +236,10 @@ class _FeedForward(torch.autograd.Function):
             row_weights.scatter_(0, permutation.places.flatten(), weights.flatten())
         hidden = kernels.matmul(*inputs, gate_up.values, gate_up.scales, ends)  # [rows, 2F]
         active, active_scales, kept, kept_scales = kernels.swiglu(hidden, row_weights)
+        del inputs, hidden  # the largest arrays of a step: freed as soon as they can be
         out = kernels.matmul(active, active_scales, down.values, down.scales, ends)
         if permutation is not None:
-            out = sum_choices(out, permutation)
+            out = sum_choices(out, permutation, residual)
         ctx.gate_up, ctx.down, ctx.parameters, ctx.shape = gate_up, down, parameters, x.shape
         ctx.save_for_backward(*rows, kept, kept_scales, row_weights, *(permutation or (None, None, None)))
         return out.view(x.shape)
@@ -234,17 +256,18 @@ class _FeedForward(torch.autograd.Function):
         ends = _one_group(grad) if ends is None else ends
         grad_active = kernels.matmul(*taken, down.transposed, down.transposed_scales, ends)
         *both, grad_weights = kernels.swiglu_gradient(grad_active, kept, kept_scales, row_weights)
-        grad_hidden, active = both[:2], both[2:]
-        grad_down = kernels.weight_gradient(
-            *kernels.retile(*rows, ends, tokens), *kernels.retile(*active, ends), ends, dtype
-        )
-        grad_gate_up = kernels.weight_gradient(
-            *kernels.retile(*grad_hidden, ends), *kernels.retile(values, scales, ends, tokens), ends, dtype
-        )
+        grad_hidden, active = tuple(both[:2]), tuple(both[2:])
+        del taken, grad_active
         grad_x = kernels.matmul(*grad_hidden, gate_up.transposed, gate_up.transposed_scales, ends)
         if tokens is None:
-            parts = (*grad_gate_up[0].chunk(2), grad_down[0])
+            grad_gate_up = _dense_weight_gradient(grad_hidden, (values, scales), dtype)
+            parts = *grad_gate_up.chunk(2), _dense_weight_gradient(rows, active, dtype)
         else:
             grad_x = sum_choices(grad_x, Permutation(tokens, places, ends))
-            grad_weights, parts = grad_weights[places], (grad_gate_up, grad_down)
-        return grad_x.view(ctx.shape), None, None, grad_weights, None, None, *parts
+            grad_weights = grad_weights[places]
+            inputs = kernels.retile(values, scales, ends, tokens)
+            grad_gate_up = kernels.weight_gradient(*kernels.retile(*grad_hidden, ends), *inputs, ends, dtype)
+            gradient = kernels.retile(*rows, ends, tokens)
+            parts = grad_gate_up, kernels.weight_gradient(*gradient, *kernels.retile(*active, ends), ends, dtype)
+        residual = grad_outputs[0] if ctx.needs_input_grad[6] else None
+        return grad_x.view(ctx.shape), None, None, grad_weights, None, None, residual, *parts

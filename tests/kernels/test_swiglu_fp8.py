@@ -65,7 +65,9 @@ def test_backward_equals_the_reference(shape, weighted, device):
 def test_no_tokens_are_fine(device):
     values, _, kept, kept_scales = kernels.swiglu_quantised(torch.zeros(0, 256, device=device).bfloat16(), None)
     assert values.shape == (0, 128)
-    hidden, *_ = kernels.swiglu_gradient_quantised(torch.zeros(0, 128, device=device).bfloat16(), kept, kept_scales, None)
+    hidden, *_ = kernels.swiglu_gradient_quantised(
+        torch.zeros(0, 128, device=device).bfloat16(), kept, kept_scales, None
+    )
     assert hidden.shape == (0, 256)
 
 
