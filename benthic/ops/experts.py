@@ -26,38 +26,25 @@ def routed_experts(
     weights: Float32[Tensor, "tokens chosen"],
     gate_up_proj: Float[Tensor, "experts gate_and_up width"],
     down_proj: Float[Tensor, "experts width gate_and_up//2"],
-    residual: Float[Tensor, "tokens width"] | None = None,
 ) -> Float[Tensor, "tokens width"]:
-    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], plus residual[t], in x's dtype.
+    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], in x's dtype.
 
     `gate_up_proj` [E, 2F, D] holds gate rows, then up rows. An expert without tokens costs nothing and gets a zero
     gradient.
     """
     if x.device.type == "cpu":
-        out = _on_processor(x, experts, weights, gate_up_proj, down_proj)
-        return out if residual is None else out + residual
+        if len(x) == 1 and not torch.is_grad_enabled():
+            return _one_token(x, experts, weights, gate_up_proj, down_proj)
+        # grouped_mm is itself a loop on the processor: no faster in training, by and large, and slower in
+        # decoding. It keeps every intermediate for backward, and takes no width that is not whole 16 bytes.
+        return _ExpertLoop.apply(x, experts, weights, gate_up_proj, down_proj)
     # One launch for all experts, and no wait for the counts to reach the processor.
-    return _grouped(x, experts, weights, gate_up_proj, down_proj, residual)
+    return _grouped(x, experts, weights, gate_up_proj, down_proj)
 
 
-def _on_processor(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    if len(x) == 1 and not torch.is_grad_enabled():
-        return _one_token(x, experts, weights, gate_up_proj, down_proj)
-    # grouped_mm is itself a loop on the processor: no faster in training, by and large, and slower in decoding. It
-    # keeps every intermediate for backward, and takes no width that is not whole 16 bytes.
-    return _ExpertLoop.apply(x, experts, weights, gate_up_proj, down_proj)
-
-
-def _grouped(
-    x: Tensor,
-    experts: Tensor,
-    weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    residual: Tensor | None = None,
-) -> Tensor:
+def _grouped(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     _check_widths(gate_up_proj, down_proj)
-    return _GroupedExperts.apply(x, experts, weights, gate_up_proj, down_proj, residual)
+    return _GroupedExperts.apply(x, experts, weights, gate_up_proj, down_proj)
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -71,20 +58,14 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        experts: Tensor,
-        weights: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        residual: Tensor | None,
+        ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
     ) -> Tensor:
         permutation = sort_by_expert(experts, len(gate_up_proj))
         row_weights = torch.empty_like(weights).view(-1).scatter_(0, permutation.places.flatten(), weights.flatten())
         hidden = _product(take_rows(x, permutation), gate_up_proj.transpose(1, 2), permutation.ends)  # [T K, 2F]
         out = _product(weighted_swiglu(hidden, row_weights), down_proj.transpose(1, 2), permutation.ends)  # [T K, D]
         ctx.save_for_backward(x, row_weights, gate_up_proj, down_proj, hidden, *permutation)
-        return sum_choices(out, permutation, residual)
+        return sum_choices(out, permutation)
 
     @staticmethod
     @once_differentiable
@@ -100,8 +81,7 @@ class _GroupedExperts(torch.autograd.Function):
         del grad_out, active
         grad_gate_up = _weight_gradient(grad_hidden, take_rows(x, permutation), permutation.ends)
         grad_x = sum_choices(_product(grad_hidden, gate_up_proj, permutation.ends), permutation)
-        residual = grad if ctx.needs_input_grad[5] else None
-        return grad_x, None, grad_weights[permutation.places], grad_gate_up, grad_down, residual
+        return grad_x, None, grad_weights[permutation.places], grad_gate_up, grad_down
 
 
 def _product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

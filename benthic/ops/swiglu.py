@@ -28,10 +28,10 @@ def weighted_swiglu(
 
 
 def weighted_swiglu_backward(
-    grad: Float[Tensor, "rows gate_and_up//2"],
-    hidden: Float[Tensor, "rows gate_and_up"],
+    grad: Float[Tensor, "rows inner"],
+    hidden: Float[Tensor, "rows 2*inner"],
     weights: Float32[Tensor, " rows"] | None = None,
-) -> tuple[Float[Tensor, "rows gate_and_up"], Float32[Tensor, " rows"] | None, Float[Tensor, "rows gate_and_up//2"]]:
+) -> tuple[Float[Tensor, "rows 2*inner"], Float32[Tensor, " rows"] | None, Float[Tensor, "rows inner"]]:
     """d hidden, d weights, and the activation again, for a backward that kept `hidden` alone."""
     return _implementation(hidden).weighted_swiglu_backward(grad, hidden, weights)
 
