@@ -5,7 +5,7 @@ from benthic.ops.experts import routed_experts
 from benthic.ops.linear_cross_entropy import linear_cross_entropy
 from benthic.ops.norm import rms_norm
 from benthic.ops.rotary import RotaryTable, rotary
-from benthic.ops.route import Routing, route
+from benthic.ops.route import Routing, route, router_logits
 from benthic.ops.swiglu import swiglu
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "rotary",
     "route",
     "routed_experts",
+    "router_logits",
     "swiglu",
 ]
