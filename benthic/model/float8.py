@@ -63,26 +63,29 @@ class WeightCopies:
 class Float8Linear(Linear):
     """A projection in FP8."""
 
-    copies: WeightCopies
+    def prepare(self) -> None:
+        """What __init__ would have added."""
+        self.copies = WeightCopies()
 
-    def forward(self, x: Float[Tensor, "*tokens into"]) -> Float[Tensor, "*tokens out"]:
-        out = float8.linear_fp8(x, (self.weight,), self.copies.of(self.weight))
+    def forward(self, input: Float[Tensor, "*tokens into"]) -> Float[Tensor, "*tokens out"]:
+        out = float8.linear_fp8(input, (self.weight,), self.copies.of(self.weight))
         return out if self.bias is None else out + self.bias
 
 
 class Float8OutputLinear(Float8Linear):
     """The projection after attention: its input is kept by attention, so not a second time in FP8."""
 
-    def forward(self, x: Float[Tensor, "*tokens into"]) -> Float[Tensor, "*tokens out"]:
-        out = float8.output_linear_fp8(x, self.weight, self.copies.of(self.weight))
+    def forward(self, input: Float[Tensor, "*tokens into"]) -> Float[Tensor, "*tokens out"]:
+        out = float8.output_linear_fp8(input, self.weight, self.copies.of(self.weight))
         return out if self.bias is None else out + self.bias
 
 
 class Float8FeedForward(FeedForward):
     """Gate and up as one product; `rows` is x quantised, where others read it too."""
 
-    copies: WeightCopies
-    down_copies: WeightCopies
+    def prepare(self) -> None:
+        """What __init__ would have added."""
+        self.copies, self.down_copies = WeightCopies(), WeightCopies()
 
     def forward(
         self, x: Float[Tensor, "*tokens width"], rows: Float8Rows | None = None
@@ -94,8 +97,9 @@ class Float8FeedForward(FeedForward):
 class Float8Experts(Experts):
     """Routed experts in FP8; tokens reach them quantised."""
 
-    copies: WeightCopies
-    down_copies: WeightCopies
+    def prepare(self) -> None:
+        """What __init__ would have added."""
+        self.copies, self.down_copies = WeightCopies(), WeightCopies()
 
     def forward(
         self,
@@ -181,20 +185,18 @@ def _misfit(shape: tuple[int, ...]) -> str:
 
 def _convert(name: str, module: nn.Module) -> bool:
     """Change the class of `module`; False for one that the module around it computes."""
-    match module:
-        case ExpertLayer():
-            module.__class__ = Float8ExpertLayer
-        case Experts():
-            module.__class__ = Float8Experts
-            module.copies, module.down_copies = WeightCopies(), WeightCopies()
-        case FeedForward():
-            module.__class__ = Float8FeedForward
-            module.copies, module.down_copies = WeightCopies(), WeightCopies()
-        case Linear() if ".self_attn." in name:
-            module.__class__ = Float8OutputLinear if name.endswith(".o_proj") else Float8Linear
-            module.copies = WeightCopies()
-        case _:
-            return False
+    if isinstance(module, ExpertLayer):
+        module.__class__ = Float8ExpertLayer
+    elif isinstance(module, Experts):
+        module.__class__ = Float8Experts
+    elif isinstance(module, FeedForward):
+        module.__class__ = Float8FeedForward
+    elif ".self_attn." in name:
+        module.__class__ = Float8OutputLinear if name.endswith(".o_proj") else Float8Linear
+    else:
+        return False
+    if isinstance(module, Float8Linear | Float8FeedForward | Float8Experts):
+        module.prepare()
     return True
 
 

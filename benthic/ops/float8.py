@@ -98,7 +98,7 @@ def arithmetic(device_type: str) -> Arithmetic:
 
 
 @torch.no_grad()
-def quantise_weight(*weights: Float[Tensor, "out into"] | Float[Tensor, "experts out into"]) -> Float8Weight:
+def quantise_weight(*weights: Float[Tensor, "*_experts _out into"]) -> Float8Weight:
     """One stack [E, N, K], or matrices [N, K] that read the same input, below one another as one [1, sum N, K]."""
     if weights[0].ndim == 2:
         weights = (torch.cat(weights)[None] if len(weights) > 1 else weights[0][None],)
@@ -255,11 +255,11 @@ class _FeedForward(torch.autograd.Function):
         taken = rows if tokens is None else kernels.take(*rows, tokens)
         ends = _one_group(grad) if ends is None else ends
         grad_active = kernels.matmul(*taken, down.transposed, down.transposed_scales, ends)
-        *both, grad_weights = kernels.swiglu_gradient(grad_active, kept, kept_scales, row_weights)
-        grad_hidden, active = tuple(both[:2]), tuple(both[2:])
-        del taken, grad_active
+        of_swiglu = kernels.swiglu_gradient(grad_active, kept, kept_scales, row_weights)
+        grad_hidden, active, grad_weights = of_swiglu[:2], of_swiglu[2:4], of_swiglu[4]
+        del taken, grad_active, of_swiglu
         grad_x = kernels.matmul(*grad_hidden, gate_up.transposed, gate_up.transposed_scales, ends)
-        if tokens is None:
+        if grad_weights is None:
             grad_gate_up = _dense_weight_gradient(grad_hidden, (values, scales), dtype)
             parts = *grad_gate_up.chunk(2), _dense_weight_gradient(rows, active, dtype)
         else:

@@ -16,7 +16,8 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+    found, expected = found.detach().float(), expected.detach().float()
+    return float((found - expected).norm() / expected.norm())
 
 
 def kept_bytes(call) -> int:
@@ -60,10 +61,11 @@ def test_gradients_of_a_linear_layer_are_near_those_in_float32(of_output):
 def test_stacked_matrices_give_each_its_own_gradient():
     x, weight, _, grad = linear_case()
     other = random(128, 272, seed=3).requires_grad_()
-    float8.linear_fp8(x, (other, weight), float8.quantise_weight(other, weight)).backward(torch.cat((grad, grad), 2)[..., :272])
+    grad = torch.cat((grad, grad), 2)[..., :272]
+    float8.linear_fp8(x, (other, weight), float8.quantise_weight(other, weight)).backward(grad)
     assert other.grad.shape == other.shape
     assert weight.grad.shape == weight.shape
-    expected = torch.cat((grad, grad), 2)[..., :272].flatten(0, 1).float().T @ x.detach().flatten(0, 1).float()
+    expected = grad.flatten(0, 1).float().T @ x.detach().flatten(0, 1).float()
     assert relative(torch.cat((other.grad, weight.grad)), expected) < FP8_ERROR
 
 
@@ -154,7 +156,7 @@ def test_experts_and_their_gradients_are_near_float32_with_one_that_has_no_token
     assert not down.grad[4].any()
 
 
-def test_experts_keep_three_bytes_of_a_hundred_more_than_fp8():
+def test_experts_keep_one_byte_an_element():
     chosen = torch.randint(0, 5, (64, 2), generator=torch.Generator().manual_seed(0))
     x, gate_up, down = random(64, 128), random(5, 256, 128), random(5, 128, 128)
     weights = torch.ones(64, 2)
