@@ -93,7 +93,11 @@ def build(config: TrainConfig, device: str) -> tuple[LanguageModel, Optimizer]:
     dtype = torch.float32 if config.precision.compute == "float32" else torch.bfloat16
     model = LanguageModel(config.model, device, dtype)
     fill(model, config.seed)
-    return model, Optimizer(model, config.optimizer)
+    if config.precision.compute == "float8":
+        from benthic.model.float8 import use_float8
+
+        use_float8(model)
+    return model, Optimizer(model, config.optimizer, config.precision.moments)
 
 
 @torch.no_grad()
