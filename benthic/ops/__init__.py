@@ -6,7 +6,7 @@ from benthic.ops.latent_heads import latent_heads
 from benthic.ops.linear_cross_entropy import linear_cross_entropy
 from benthic.ops.norm import add_rms_norm, rms_norm
 from benthic.ops.rotary import RotaryTable, rotary
-from benthic.ops.route import Routing, route
+from benthic.ops.route import Routing, route, router_logits
 from benthic.ops.swiglu import swiglu
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "rotary",
     "route",
     "routed_experts",
+    "router_logits",
     "swiglu",
 ]
