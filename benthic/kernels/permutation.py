@@ -23,11 +23,11 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     blocks = triton.cdiv(rows, BLOCK)
     ends = experts.new_empty(num_experts, dtype=torch.int32)
     counts = experts.new_zeros((num_experts, blocks), dtype=torch.int32)
-    _count[(blocks,)](experts, counts, rows, blocks, BLOCK=BLOCK, num_warps=4)
+    _count[(blocks,)](experts, counts, rows, blocks, BLOCK=BLOCK, num_warps=8)
     through = counts.view(-1).cumsum(0, dtype=torch.int32)  # choices before and in each (expert, block)
     _place[(blocks,)](
         experts, through, tokens, places, ends, rows, blocks, num_experts,
-        K=experts.shape[1], EXPERTS=triton.next_power_of_2(num_experts), BLOCK=BLOCK, num_warps=4,
+        K=experts.shape[1], EXPERTS=triton.next_power_of_2(num_experts), BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return tokens, places, ends
 
