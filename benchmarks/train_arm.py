@@ -37,7 +37,7 @@ from benthic.plan.memory import training_memory
 from benthic.train.balance import max_violation
 from benthic.train.optimizer import Optimizer
 from benthic.train.schedule import Place
-from benthic.train.step import Update, update
+from benthic.train.step import Update, finish, launch
 
 GIB = 2**30
 
@@ -74,16 +74,18 @@ def make_step(arm: Arm, device: str) -> tuple[Callable[[], Update], LanguageMode
     if arm.compiled:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    batches = random_batches(config, device)
-    made = 0
+    batches = random_batches(config)
+    ready, made = next(batches), 0
     # A folder for the report of a batch that fails; it outlives the process, since the error names it.
     failures = Path(tempfile.gettempdir()) / "benthic-bench-failures"
 
     def step() -> Update:
-        nonlocal made
+        nonlocal ready, made
         made += 1
         place = Place(made, (made - 1) * arm.batch * arm.sequence_length, config.steps)
-        return update(model, optimizer, next(batches), place, config, failures)
+        launched = launch(model, optimizer, ready, place, config)
+        ready = next(batches)  # as the trainer reads ahead while a GPU works
+        return finish(launched, optimizer, failures)
 
     return step, model
 
@@ -112,12 +114,12 @@ def fill(model: LanguageModel, seed: int) -> None:
             tensors[row.name].fill_(1.0 if row.initialisation == "ones" else 0.0)
 
 
-def random_batches(config: TrainConfig, device: str) -> Iterator[Batch]:
-    """Tokens drawn evenly from the vocabulary: int64 [B, S + 1], never the same batch twice."""
-    stream = torch.Generator(device).manual_seed(config.seed)
+def random_batches(config: TrainConfig) -> Iterator[Batch]:
+    """Tokens drawn evenly from the vocabulary, on the host: int64 [B, S + 1], never the same batch twice."""
+    stream = torch.Generator().manual_seed(config.seed)
     shape = (config.batch.micro_sequences, config.data.sequence_length + 1)
     while True:
-        tokens = torch.randint(config.model.vocab_size, shape, generator=stream, device=device)
+        tokens = torch.randint(config.model.vocab_size, shape, generator=stream)
         yield Batch(tokens, torch.zeros_like(tokens))
 
 

@@ -25,10 +25,10 @@ def measure(arm: Arm) -> dict[str, Any]:
     model.set_experts_implementation("grouped_mm")
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2.2e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    batches = random_batches(train_config(arm), "cuda")
+    batches = random_batches(train_config(arm))
 
     def step() -> torch.Tensor:
-        tokens = next(batches).tokens[:, :-1].contiguous()
+        tokens = next(batches).tokens[:, :-1].contiguous().cuda()
         loss = model(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -77,11 +77,11 @@ def test_a_small_arm_makes_real_updates():
 
 def test_every_batch_is_new_and_spread_over_the_vocabulary():
     config = train_config(SMALL)
-    batches = train_arm.random_batches(config, "cpu")
+    batches = train_arm.random_batches(config)
     first, second = next(batches), next(batches)
     assert first.tokens.shape == (2, 17)
     assert not torch.equal(first.tokens, second.tokens)
-    assert torch.equal(next(train_arm.random_batches(config, "cpu")).tokens, first.tokens)
+    assert torch.equal(next(train_arm.random_batches(config)).tokens, first.tokens)
     assert first.tokens.unique().numel() > 30
 
 
