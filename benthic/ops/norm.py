@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from benthic.ops.recomputation import cheap, remember
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNEL_WIDTH = 16384
+"""The longest row that a program's registers hold."""
 
 
 @cheap
@@ -47,8 +49,8 @@ def add_rms_norm(
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """Whether rows fit into a program's registers, in a dtype that float32 holds."""
-    return x.is_cuda and x.dtype in _KERNEL_DTYPES and x.shape[-1] <= 16384
+    """Elsewhere (float64, longer rows) torch's own operations serve."""
+    return x.is_cuda and x.dtype in _KERNEL_DTYPES and x.shape[-1] <= _KERNEL_WIDTH
 
 
 def _rows(x: Tensor) -> Tensor:
