@@ -150,7 +150,7 @@ def run_case(case: Case, options: Options, stopwatch: Stopwatch, limits: Limits)
         "floor_seconds": limits.floor(case.bytes, case.flops, case.unit), "tolerance": case.tolerance,
         "subjects": subjects,
     }  # fmt: skip
-    peers = [name for name in right if name != "benthic"]
+    peers = [name for name in right if not name.startswith("benthic")]
     if "benthic" in right and peers:
         best = min(peers, key=lambda name: subjects[name]["seconds"])
         row |= {"best_peer": best, "times_best_peer": subjects[best]["seconds"] / subjects["benthic"]["seconds"]}

@@ -25,8 +25,8 @@ def latent_heads(
     turned, key = query.new_empty(query.shape), query.new_empty(query.shape)
     if query.numel():
         constants = _constants(heads, width, rotary_key.shape[2], interleaved)
-        _forward[(batch * positions, triton.cdiv(heads, constants["HEADS"]))](
-            query, expanded, rotary_key, torch.view_as_real(rotations), turned, key, positions, heads,
+        _forward[(positions, batch, triton.cdiv(heads, constants["HEADS"]))](
+            query, expanded, rotary_key, torch.view_as_real(rotations), turned, key, heads,
             *query.stride()[:3], *expanded.stride()[:3], *rotary_key.stride()[:2], **constants,
         )  # fmt: skip
     return turned, key
@@ -46,8 +46,8 @@ def latent_heads_backward(
     expanded = grad_query.new_empty((batch, positions, heads, width - rotary_width + value_width))
     rotary_key = grad_query.new_empty((batch, positions, rotary_width))
     if query.numel():
-        _backward[(batch * positions,)](
-            grad_query, grad_key, grad_value, torch.view_as_real(rotations), query, expanded, rotary_key, positions,
+        _backward[(positions, batch)](
+            grad_query, grad_key, grad_value, torch.view_as_real(rotations), query, expanded, rotary_key,
             *grad_query.stride()[:3], *grad_key.stride()[:3], *grad_value.stride()[:3],
             H=heads, V=value_width, VALUES=triton.next_power_of_2(value_width),
             **_constants(heads, width, rotary_width, interleaved),
@@ -67,14 +67,14 @@ def _constants(heads: int, width: int, rotary_width: int, interleaved: bool) -> 
 
 @triton.jit
 def _forward(
-    query, expanded, rotary_key, rotations, turned, key, S, H,
+    query, expanded, rotary_key, rotations, turned, key, H,
     query_batch, query_position, query_head, expanded_batch, expanded_position, expanded_head, key_batch, key_position,
     N: tl.constexpr, OWN: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    sequence, position = token // S, token % S
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    position, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    token = sequence * tl.num_programs(0) + position
+    h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)[:, None]
     c = tl.arange(0, OWN)[None, :]
     own = (h < H) & (c < N)
     query += sequence * query_batch + position * query_position + h * query_head
@@ -99,15 +99,15 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_query, grad_key, grad_value, rotations, query, expanded, rotary_key, S,
+    grad_query, grad_key, grad_value, rotations, query, expanded, rotary_key,
     query_batch, query_position, query_head, key_batch, key_position, key_head,
     value_batch, value_position, value_head,
     H: tl.constexpr, V: tl.constexpr, VALUES: tl.constexpr,
     N: tl.constexpr, OWN: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    sequence, position = token // S, token % S
+    position, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    token = sequence * tl.num_programs(0) + position
     grad_query += sequence * query_batch + position * query_position
     grad_key += sequence * key_batch + position * key_position
     grad_value += sequence * value_batch + position * value_position

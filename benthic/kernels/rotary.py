@@ -15,8 +15,8 @@ def rotary(x: Tensor, rotations: Tensor, interleaved: bool, inverse: bool = Fals
     out = x.new_empty(x.shape)
     if x.numel():
         together, warps = tile(heads, width)
-        _rotary[(batch * positions, triton.cdiv(heads, together))](
-            x, torch.view_as_real(rotations), out, positions, heads, *x.stride()[:3],
+        _rotary[(positions, batch, triton.cdiv(heads, together))](
+            x, torch.view_as_real(rotations), out, heads, *x.stride()[:3],
             PAIRS=width // 2, BLOCK=triton.next_power_of_2(width // 2), HEADS=together,
             INTERLEAVED=interleaved, INVERSE=inverse, num_warps=warps,
         )  # fmt: skip
@@ -79,13 +79,13 @@ def turn(first, second, cosine, sine):
 
 @triton.jit
 def _rotary(
-    x, rotations, out, S, H, batch_stride, position_stride, head_stride,
+    x, rotations, out, H, batch_stride, position_stride, head_stride,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    position = token % S
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    source = x + (token // S) * batch_stride + position * position_stride + h * head_stride
+    position, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    token = sequence * tl.num_programs(0) + position
+    h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)[:, None]
+    source = x + sequence * batch_stride + position * position_stride + h * head_stride
     first, second = load_pairs(source, h < H, PAIRS, BLOCK, HEADS, INTERLEAVED)
     cosine, sine = load_rotation(rotations, position, PAIRS, BLOCK, INVERSE)
     first, second = turn(first, second, cosine, sine)

@@ -44,7 +44,8 @@ def weighted_swiglu_backward(
     grad_hidden = hidden.new_empty(hidden.shape)
     grad_weights = None if weights is None else torch.empty_like(weights)
     out = hidden.new_empty(gate.shape)
-    _run_backward(_rows(grad), _rows(gate), _rows(up), weights, *grad_hidden.chunk(2, -1), grad_weights, out)
+    grad_gate, grad_up = grad_hidden.chunk(2, -1)
+    _run_backward(_rows(grad), _rows(gate), _rows(up), weights, grad_gate, grad_up, grad_weights, out)
     return grad_hidden, grad_weights, out
 
 
@@ -102,9 +103,10 @@ def _backward(
     across = tl.cdiv(F, SPAN)
     r = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % across * SPAN
+    weight = tl.zeros([ROWS, 1], tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if weights is not None:
         weight = tl.load(weights + r, mask=r < R, other=0.0)[:, None]
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for offset in range(0, SPAN, COLUMNS):
         c = first + offset + tl.arange(0, COLUMNS)
         inside = (r < R)[:, None] & (c < F)[None, :]

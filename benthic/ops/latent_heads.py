@@ -9,9 +9,11 @@ from jaxtyping import Complex64, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from benthic.ops.recomputation import cheap
 from benthic.ops.rotary import rotary, with_contiguous_channels
 
 
+@cheap
 def latent_heads(
     query: Float[Tensor, "batch positions heads key_width"],
     expanded: Float[Tensor, "batch positions heads own_and_value"],
@@ -53,8 +55,8 @@ class _KernelLatentHeads(torch.autograd.Function):
 
         ctx.save_for_backward(rotations)
         ctx.interleaved = interleaved
-        inputs = map(with_contiguous_channels, (query, expanded, rotary_key))
-        turned, key = kernels.latent_heads(*inputs, rotations, interleaved)
+        query, expanded, rotary_key = map(with_contiguous_channels, (query, expanded, rotary_key))
+        turned, key = kernels.latent_heads(query, expanded, rotary_key, rotations, interleaved)
         return turned, key, expanded[..., query.shape[3] - rotary_key.shape[2] :]
 
     @staticmethod
@@ -63,5 +65,5 @@ class _KernelLatentHeads(torch.autograd.Function):
         from benthic.kernels import latent_heads as kernels
 
         (rotations,) = ctx.saved_tensors
-        grads = map(with_contiguous_channels, grad_outputs)
-        return *kernels.latent_heads_backward(*grads, rotations, ctx.interleaved), None, None
+        query, key, value = map(with_contiguous_channels, grad_outputs)
+        return *kernels.latent_heads_backward(query, key, value, rotations, ctx.interleaved), None, None

@@ -44,6 +44,11 @@ def route(
     if logits.is_cuda:
         # Some fifteen launches on small tensors become one, and as many of their backward another.
         return Routing(*_Route.apply(logits, bias, config))
+    return _composed(logits, bias, config)
+
+
+def _composed(logits: Tensor, bias: Tensor | None, config: ModelConfig) -> Routing:
+    """torch's operations one after another, and autograd's gradient."""
     scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
     with torch.no_grad():
         choice = scores.detach() if bias is None else scores.detach() + bias

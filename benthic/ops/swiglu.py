@@ -11,13 +11,18 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from benthic.ops.recomputation import cheap
 
+_silu = cheap(F.silu)
+
+
+@cheap
 def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Gated activation, element by element."""
     if gate.is_cuda:
         # Two passes and a product in memory become one pass, forwards and backwards.
         return _Swiglu.apply(gate, up)
-    return F.silu(gate) * up
+    return _silu(gate) * up
 
 
 def weighted_swiglu(
@@ -28,10 +33,8 @@ def weighted_swiglu(
 
 
 def weighted_swiglu_backward(
-    grad: Float[Tensor, "rows inner"],
-    hidden: Float[Tensor, "rows 2*inner"],
-    weights: Float32[Tensor, " rows"] | None = None,
-) -> tuple[Float[Tensor, "rows 2*inner"], Float32[Tensor, " rows"] | None, Float[Tensor, "rows inner"]]:
+    grad: Float[Tensor, "rows inner"], hidden: Float[Tensor, "rows 2*inner"], weights: Float32[Tensor, " rows"]
+) -> tuple[Float[Tensor, "rows 2*inner"], Float32[Tensor, " rows"], Float[Tensor, "rows inner"]]:
     """d hidden, d weights, and the activation again, for a backward that kept `hidden` alone."""
     return _implementation(hidden).weighted_swiglu_backward(grad, hidden, weights)
 
@@ -59,7 +62,7 @@ class _WeightedSwiglu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None]:  # pyrefly: ignore[bad-override]
         (grad,) = grad_outputs
-        return weighted_swiglu_backward(grad, *ctx.saved_tensors)[:2]
+        return _implementation(grad).weighted_swiglu_backward(grad, *ctx.saved_tensors)[:2]
 
 
 def _implementation(x: Tensor) -> ModuleType:
