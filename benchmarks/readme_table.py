@@ -171,6 +171,7 @@ TRAINING_PAIRS = (
     ("bf16", "bf16-compiled"),
     ("float8", "bf16-moments"),
     ("v3-float8", "v3-bf16"),
+    ("v3-bf16", "v3-torchtitan-bf16"),
 )
 """Arms of the training benchmark, and those that stand beside them."""
 

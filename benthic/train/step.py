@@ -72,9 +72,7 @@ def update(
     return finish(launch(model, optimizer, batch, place, config), optimizer, failures)
 
 
-def launch(
-    model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig
-) -> Launched:
+def launch(model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig) -> Launched:
     """Enqueue an update on `batch`, which is the host's; nothing here waits for the device."""
     masked = config.data.mask_documents
     scale = Scale(int((labels(batch, 0, masked) != IGNORED).sum()), len(batch.tokens))

@@ -68,6 +68,18 @@ def test_flops_are_held_against_their_unit_s_rate(unit, share):
     assert ours["share_of_limit"] == pytest.approx(share)
 
 
+def test_another_way_of_ours_is_no_peer():
+    x = torch.randn(8, 8)
+    one = case({name: lambda: x + 1 for name in ("benthic", "benthic, narrow", "slow")}, check=lambda found: 0.0)
+    row, _ = run(one, Watch(one, SECONDS | {"benthic, narrow": 1e-3}))
+    assert row["best_peer"] == "slow"
+
+
+def test_peers_can_be_left_out():
+    row, watch = run(case(), without=("slow", "benthic"))
+    assert set(watch.turns) == set(row["subjects"]) == {"benthic", "quick"}
+
+
 def test_subjects_take_turns_in_rounds():
     _, watch = run(case(), rounds=2)
     assert watch.turns == ["benthic", "slow", "quick"] * 2

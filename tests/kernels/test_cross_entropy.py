@@ -60,7 +60,9 @@ def test_a_logit_that_is_not_finite_is_seen_in_the_loss_unless_its_row_is_ignore
 
 
 def test_nothing_to_judge_is_fine(device):
-    found = kernels.cross_entropy_(torch.zeros(0, 5, device=device), torch.zeros(0, dtype=torch.int64, device=device), 1.0)
+    found = kernels.cross_entropy_(
+        torch.zeros(0, 5, device=device), torch.zeros(0, dtype=torch.int64, device=device), 1.0
+    )
     assert found.shape == (0,)
 
 
