@@ -10,7 +10,7 @@ module = pytest.importorskip(
 
 @pytest.mark.parametrize(
     ("tokens", "rows", "columns", "groups"),
-    [(16_384, 576, 2048, 2), (16_384, 4096, 512, 2), (16_384, 2048, 2048, 1), (512, 576, 2048, 1), (0, 256, 128, 1)],
+    [(16_384, 576, 2048, 5), (16_384, 4096, 512, 2), (16_384, 2048, 2048, 1), (512, 576, 2048, 1), (0, 256, 128, 1)],
 )
 def test_few_tiles_are_spread_over_groups_of_tokens(tokens, rows, columns, groups, monkeypatch):
     monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
