@@ -75,6 +75,17 @@ def test_a_small_arm_makes_real_updates():
     assert result["tflops"] == pytest.approx(result["tokens_per_second"] * result["flops_per_token"] / 1e12)
 
 
+def test_a_profile_is_kept_beside_the_result(tmp_path):
+    path = train_gpu.profile_path(tmp_path / "train_gpu.json", "bf16")
+    train_arm.measure(SMALL, "cpu", path)
+    assert path.name == "train_gpu_profile_bf16.json"
+    found = json.loads(path.read_text())
+    assert found["arm"]["model"] == "tiny"
+    assert {"span_seconds", "idle_seconds", "launches", "operations", "limits", "step_seconds"} <= set(found)
+    if not torch.cuda.is_available():
+        assert found["operations"] == []  # a processor has no kernels
+
+
 def test_every_batch_is_new_and_spread_over_the_vocabulary():
     config = train_config(SMALL)
     batches = train_arm.random_batches(config)
