@@ -169,9 +169,9 @@ class Trainer:
         batches = held_out(
             self.corpus.validation, config.data.sequence_length, config.evaluation.micro_sequences, max_tokens
         )
-        on_device = (on_device(batch, self.device) for batch in batches)
+        placed = (on_device(batch, self.device) for batch in batches)
         token_bytes = self.corpus.token_bytes.to(self.device)
-        return validate(self.model, on_device, token_bytes, config.data.mask_documents)
+        return validate(self.model, placed, token_bytes, config.data.mask_documents)
 
     def sample(self, display: Lines) -> None:
         """Complete the config's prompts."""
