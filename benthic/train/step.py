@@ -94,8 +94,8 @@ def launch(model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Plac
     speed = scaled_speed(value(balance.speed, place), tokens, balance.reference_tokens)
     # Loads of zero are even loads: where the update must not happen, no bias moves.
     move_biases(routing_biases(model), {layer: load * finite for layer, load in loads.items()}, balance, speed)
-    recorded = [sum(getattr(part, name) for part in parts) for name in ("main", "prediction", "balance")]
-    numbers = torch.stack([*recorded, norm, finite.float()])
+    recorded = torch.stack([torch.stack((part.main, part.prediction, part.balance)) for part in parts]).sum(0)
+    numbers = torch.cat((recorded, torch.stack((norm, finite.float()))))
     return Launched(place, scale, learning_rate, parts, numbers, loads, batch)
 
 
