@@ -62,7 +62,7 @@ class Device:
     nodes, both as achieved by all-to-all where known. `dollars_per_hour` is an assumption to be overridden.
     `memory_bandwidth` is that of a large copy, `measured_bandwidth` what other kinds of kernels reach, reads and writes
     counted. `launch_seconds` is the least time between two kernels that torch launches one after another.
-    `context_bytes` of its memory go to CUDA itself, its libraries and their workspaces, which torch does not count as
+    The loss holds `logits_at_a_time` (ops/linear_cross_entropy.py). `context_bytes` of its memory go to CUDA itself, its libraries and their workspaces, which torch does not count as
     allocated; `allocator_loss` is the share of the peak that the caching allocator may lose between its blocks.
     """
 
@@ -80,6 +80,7 @@ class Device:
     measured: dict[tuple[Work, Precision], Rate] = field(default_factory=dict)
     measured_bandwidth: dict[MemoryWork, Rate] = field(default_factory=dict)
     like: str | None = None
+    logits_at_a_time: int = 1 << 31
     allocator_loss: float = 0.03
     context_bytes: float = 0.7 * GIB
 
@@ -225,6 +226,7 @@ _CPU = Device(
     dollars_per_hour=Rate(0.1, _ASSUMED_PRICE),
     multiprocessors=2,
     launch_seconds=Rate(2e-6, "assumed: calling a torch operation"),
+    logits_at_a_time=1 << 20,
     allocator_loss=0.0,
     context_bytes=0.0,
 )

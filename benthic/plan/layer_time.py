@@ -42,7 +42,7 @@ from benthic.plan.traffic import (
     head_weight_traffic,
     layer_traffic,
 )
-from benthic.plan.training import LOGITS_AT_A_TIME, Training
+from benthic.plan.training import Training
 
 OVERLAP_STALL = 129.0 / 124.0 - 1
 """What an overlapped forward and backward pair takes beyond its computation: 129.0 ms with 124 ms of busy compute
@@ -106,7 +106,7 @@ def head_pieces(
     seconds = flops / device.rate("matmul", precision).value
     found = [Piece("head", "forward", seconds), Piece("head", "backward", seconds)]
     found.append(Piece("head", "weight", flops / device.rate("weight_gradient", precision).value))
-    blocks = math.ceil(tokens / max(1, LOGITS_AT_A_TIME // config.vocab_size))
+    blocks = max(1, math.ceil(tokens * config.vocab_size / device.logits_at_a_time))
     kernels = heads * head_traffic(config, training.precision, blocks)
     shared = head_weight_traffic(training.precision, blocks, heads)
     size = config.vocab_size * config.hidden_size / layout.tensor

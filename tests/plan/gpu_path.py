@@ -319,6 +319,13 @@ def take_gpu_path(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_module("linear_cross_entropy"), "_float32_product", float32_product)
     patch.setattr(_module("float8"), "arithmetic", lambda device: FLOAT8)
     _choose_as_on_a_gpu(patch)
+    _add_without_copies(patch)
+
+
+def _add_without_copies(patch: pytest.MonkeyPatch) -> None:
+    """A processor casts a bfloat16 summand of a float32 tensor in memory, a GPU in registers."""
+    plain = torch.Tensor.add_
+    patch.setattr(torch.Tensor, "add_", lambda x, other: plain(x, other) if x.dtype == other.dtype else x)
 
 
 def _choose_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
