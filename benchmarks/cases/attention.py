@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +59,7 @@ def _heads(batch: int, positions: int, heads: int, device: str) -> Iterator[Case
 def _composed_heads(
     query: Tensor, expanded: Tensor, rotary_key: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, ...]:
-    """What the model did before: operations of torch, each through memory."""
+    """The same out of torch's operations."""
     turned = _turned(query[..., N:], cos, sin)
     shared = _turned(rotary_key[:, :, None], cos, sin).expand(-1, -1, query.shape[2], -1)
     key, value = expanded.split_with_sizes((N, V), -1)
@@ -105,7 +108,7 @@ def _attention(batch: int, positions: int, heads: int, device: str) -> Iterator[
         "benthic": lambda: ops.attention(*inputs, scale),
         "cuDNN": lambda: _torch_attention(SDPBackend.CUDNN_ATTENTION, *inputs, scale),
     }
-    if hasattr(torch.ops._vllm_fa3_C, "fwd"):
+    if _has_flash_attention_3():
         functions["FlashAttention 3"] = lambda: _flash_attention_3(*inputs, scale)
     shape, products = f"{batch}x{positions}, {heads} heads, 192/128", batch * heads * positions**2
     sizes = 2 * batch * positions * heads * (2 * (N + R) + V), 2 * batch * positions * heads * V
@@ -121,6 +124,16 @@ def _torch_attention(backend: SDPBackend, query: Tensor, key: Tensor, value: Ten
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
     with sdpa_kernel([backend]):
         return F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale).transpose(1, 2)
+
+
+@cache
+def _has_flash_attention_3() -> bool:
+    """Whether vLLM's build of it lies on the import path; vllm itself need not be importable."""
+    builds = (Path(folder, "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so") for folder in sys.path)
+    for build in filter(Path.is_file, builds):
+        torch.ops.load_library(str(build))
+        return True
+    return False
 
 
 def _flash_attention_3(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
