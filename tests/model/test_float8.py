@@ -10,7 +10,8 @@ from benthic import load_model, save_model
 from benthic.config import ModelConfig
 from benthic.errors import ConfigError
 from benthic.model import LanguageModel
-from benthic.model.float8 import Float8ExpertLayer, Float8Linear, WeightCopies, use_float8
+from benthic.model.cache import Cache
+from benthic.model.float8 import Float8ExpertLayer, Float8Linear, Float8OutputLinear, WeightCopies, use_float8
 from benthic.model.initialisation import initialise
 from benthic.ops import float8
 from tests.model.configs import tiny
@@ -147,6 +148,28 @@ def test_a_width_that_does_not_fit_is_left_and_told(caplog):
     assert not any(isinstance(module, Float8ExpertLayer) for module in trained.modules())
     initialise(trained, 0)
     assert trained(torch.arange(8)[None]).isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_model_without_latents_trains_too(heads):
+    config = tiny(hidden_size=64, intermediate_size=96, num_key_value_heads=heads, qkv_bias=True, output_bias=True)
+    trained = model(True, config)
+    assert sum(type(module) is Float8OutputLinear for module in trained.modules()) == 3
+    found, expected = trained(torch.arange(12)[None]), model(False, config)(torch.arange(12)[None])
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    found.float().logsumexp(-1).sum().backward()
+    assert trained.model.layers[0].self_attn.k_proj.bias.grad.any()
+
+
+def test_prefix_and_continuation_of_a_cached_text_agree():
+    trained = model(True)
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        cache = Cache(SMALL, 2, 12, dtype=torch.bfloat16)
+        first = trained(tokens[:, :7], cache=cache)
+        rest = trained(tokens[:, 7:], cache=cache)
+        whole = trained(tokens)
+    assert (torch.cat((first, rest), 1) - whole).norm() < 0.1 * whole.norm()
 
 
 def test_a_model_in_float32_is_refused():
