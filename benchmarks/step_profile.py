@@ -21,7 +21,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_timing import Limits
 from benchmarks.triton_launches import Launch, recorded
-from benthic.config.model import ModelConfig
 
 DEVICE_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 ITEM_SIZES = {
@@ -46,14 +45,13 @@ class Work:
     unit: str = "bf16"
 
 
-def profiled(
-    step: Callable[[], Any], config: ModelConfig, batch: int, sequence_length: int, limits: Limits | None
-) -> dict[str, Any]:
-    """Trace two steps and account for them. `config`, `batch` and `sequence_length` are what the steps train."""
+def profiled(step: Callable[[], Any], limits: Limits | None) -> dict[str, Any]:
+    """Trace two steps and account for them."""
     shortest = [ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
+    trace(lambda: None, shortest, shapes=False)  # the first one starts the profiler's own machinery
     alone = trace(step, shortest, shapes=False)
     with recorded() as launches:
-        named = trace(step, [ProfilerActivity.CPU, *shortest], shapes=True)
+        named = trace(step, list({ProfilerActivity.CPU, *shortest}), shapes=True)
     rows = operations(named, limits, launches)
     return busy(alone) | {"operations": rows, "limits": limits.plain() if limits else None}
 

@@ -149,7 +149,7 @@ def _activated(device: str) -> Iterator[Case]:
         "benthic": lambda: swiglu_fp8.swiglu_gradient_quantised(gradient, kept, kept_scales, weights),
         "torch.compile": lambda: backward(gradient, kept, kept_scales, weights),
     }
-    size += rows * INNER
+    # As many bytes: a gradient of 2 and 2 kept in, 2 and the activation again out.
     yield Case("SwiGLU backward, quantised", shape, runs, lambda out: _rows_error(out, wanted), 1.5 * E4M3, size)
 
 

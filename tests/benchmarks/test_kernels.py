@@ -75,6 +75,11 @@ def test_another_way_of_ours_is_no_peer():
     assert row["best_peer"] == "slow"
 
 
+def test_peers_can_be_left_out():
+    row, watch = run(case(), without=("slow", "benthic"))
+    assert set(watch.turns) == set(row["subjects"]) == {"benthic", "quick"}
+
+
 def test_subjects_take_turns_in_rounds():
     _, watch = run(case(), rounds=2)
     assert watch.turns == ["benthic", "slow", "quick"] * 2
