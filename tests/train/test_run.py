@@ -293,6 +293,22 @@ def test_a_bfloat16_run_with_bfloat16_moments_continues_bit_for_bit(tmp_path, re
         assert torch.equal(tensor, others[name]), name
 
 
+@pytest.mark.parametrize("recomputation", ["none", "up_projections", "layer"])
+def test_a_float8_run_continues_bit_for_bit(tmp_path, recomputation):
+    config = small_run(
+        steps=3,
+        precision={"compute": "float8", "moments": "bfloat16"},
+        memory={"recomputation": recomputation},
+        evaluation=EvaluationConfig(every=100, final_max_tokens=50),
+    )
+    run(config, tmp_path / "whole")
+    run(config.replace(steps=2), tmp_path / "run")
+    run(config, tmp_path / "run", resume=True)
+    (tensors, _), (others, _) = final_state(tmp_path / "whole"), final_state(tmp_path / "run")
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
 def test_recomputation_may_change_on_resume(tmp_path):
     run(small_run(steps=4), tmp_path / "run")
     config = small_run(steps=7, memory={"recomputation": "layer"})
