@@ -128,7 +128,7 @@ def test_an_update_is_the_same_in_micro_batches_loads_included(tmp_path: Path):
         torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-6, msg=name)
 
 
-def test_recomputation_in_the_backward_pass_counts_no_load_twice(tmp_path: Path):
+def test_recomputation_in_the_backward_pass_counts_no_load_twice():
     from torch.utils.checkpoint import checkpoint
 
     plain, recomputed = small(), small()
