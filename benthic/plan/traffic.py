@@ -23,7 +23,7 @@ def layer_traffic(config: ModelConfig, layer: int, precision: TrainingPrecision)
     """Everything memory-bound in one layer, bytes a token."""
     b, width = element_bytes(precision), config.hidden_size
     expert, fp8 = config.is_expert_layer(layer), precision == "fp8"
-    found = [*_norms(config, b, fp8, expert), *_biases(config, b)]
+    found = [*_norms(config, b, fp8, expert), *_biases(config, b, fp8)]
     found += _latent(config, b, fp8) if config.kv_lora_rank else _plain(config, b)
     if fp8:
         found += latent_fp8(config) if config.kv_lora_rank else plain_fp8(config)
@@ -144,16 +144,20 @@ def _plain(config: ModelConfig, b: int) -> Iterator[Kernels]:
         yield from both_ways("attention", "rotation", "heads", 2 * width, 2 * width, role="attention")
 
 
-def _biases(config: ModelConfig, b: int) -> Iterator[Kernels]:
-    # Products add them; their gradients are sums over tokens.
+def _biases(config: ModelConfig, b: int, fp8: bool) -> Iterator[Kernels]:
+    """Products add them, but for those in FP8; their gradients are sums over tokens."""
+    widths: list[int] = []
     if config.qkv_bias and config.kv_lora_rank:
-        widths = config.kv_lora_rank + config.qk_rope_head_dim + (config.q_lora_rank or 0)
-        yield Kernels("attention", "gradients of biases", "backward", "reduction", b * widths, 2)
+        widths = [config.kv_lora_rank + config.qk_rope_head_dim, *filter(None, [config.q_lora_rank])]
     elif config.qkv_bias:
-        widths = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.query_head_dim
-        yield Kernels("attention", "gradients of biases", "backward", "reduction", b * widths, 3)
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        widths = [one * config.query_head_dim for one in heads]
     if config.output_bias:
-        yield Kernels("attention", "gradient of the output's bias", "backward", "reduction", b * config.hidden_size)
+        widths.append(config.hidden_size)
+    for width in widths:
+        if fp8:
+            yield Kernels("attention", "bias added", "forward", "elementwise", 2 * b * width)
+        yield Kernels("attention", "gradient of a bias", "backward", "reduction", b * width)
 
 
 def _input_gradients(config: ModelConfig, expert: bool, fp8: bool, b: int) -> Iterator[Kernels]:
