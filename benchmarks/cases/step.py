@@ -14,7 +14,7 @@ from benchmarks.kernel_case import Case
 from benthic import ops
 from benthic.numerics.reference import adamw as reference
 from benthic.numerics.reference.adamw import Rule
-from benthic.ops.adamw import adamw, gradient_norm
+from benthic.ops.adamw import adamw, gradient_norms
 
 TOLERANCE = 2e-2
 RULE = Rule(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, updates=1)
@@ -89,7 +89,7 @@ def _adamw(shape: tuple[int, ...], moments: torch.dtype, size: int, device: str)
     # An update changes what it works on, so each run has its own; it is compared after its first.
     states: dict[str, Any] = {}
     finite = torch.ones((), dtype=torch.bool, device=device)
-    norm = gradient_norm([gradient])
+    (norm,) = gradient_norms([gradient])
 
     def benthic() -> Tensor:
         if "benthic" not in states:
