@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from benthic.kernels.hopper import require, require_fp8
-from benthic.kernels.quantise import BLOCK
+from benthic.kernels.quantise import BLOCK, quad_layout, rows_of_block, store_columns
 
 
 def retile_columns(
@@ -79,38 +79,53 @@ def _take(
 
 @gluon.jit
 def _retile(
-    values, scales, ends, tokens, result, result_scales, T, C, P, E,
-    TAKES: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr,
+    values, scales, ends, tokens, result, result_scales, T, C, WORDS, E,
+    TAKES: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    # The layouts and the search for the group are those of quantise_columns.
-    WARPS: gl.constexpr = gl.num_warps()
-    LOAD: gl.constexpr = gl.BlockedLayout([8, 8], [32 // (WIDTH // 8), WIDTH // 8], [WARPS, 1], [1, 0])
-    STORE: gl.constexpr = gl.BlockedLayout([16, 1], [8, 4], [1, WARPS], [0, 1])
     block = gl.program_id(1)
-    group = gl.arange(0, GROUPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    starts = gl.load(ends + group - 1, mask=(group > 0) & (group < E), other=0)
-    mine = gl.sum(((starts // 128 + group <= block) & (group < E)).to(gl.int32), 0) - 1  # the last to start by here
-    start = gl.load(ends + mine - 1, mask=mine > 0, other=0)
-    end = gl.load(ends + mine)
-    first = start + (block - (start // 128 + mine)) * 128
+    first, end = rows_of_block(ends, block, E, GROUPS)
     if first < end:
-        row = first + gl.arange(0, 128, layout=gl.SliceLayout(1, LOAD))
-        c = gl.program_id(0) * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
-        valid = row < end
-        if TAKES:
-            t = gl.load(tokens + row, mask=valid, other=0)
-        else:
-            t = row.to(gl.int64)
-        inside = valid[:, None] & (c < C)[None, :]
-        loaded = gl.load(values + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(gl.float32)
-        row_scale = gl.load(scales + (gl.program_id(0) * WIDTH // 128).to(gl.int64) * T + t, mask=valid, other=0.0)
-        loaded = loaded * row_scale[:, None]
-        amax = gl.max(gl.abs(loaded), 0)
-        scale = gl.maximum(amax * (1.0 / 448.0), 1.1754943508222875e-38)
-        scale = ((scale.to(gl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(gl.float32, bitcast=True)
-        scale = gl.where(amax == 0, 1.0, scale)
-        gl.store(result_scales + block * C + c, scale, mask=c < C)
-        quantised = gl.convert_layout((loaded * (1.0 / scale)[None, :]).to(gl.float8e4nv), STORE)
-        p = block * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, STORE))
-        c = gl.program_id(0) * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, STORE))
-        gl.store(result + c[None, :].to(gl.int64) * P + p[:, None], quantised, mask=(c < C)[None, :])
+        LOAD: gl.constexpr = quad_layout(WIDTH, gl.num_warps())
+        row = first + 4 * gl.arange(0, 32, layout=gl.SliceLayout(1, LOAD))
+        c = gl.program_id(0) * (WIDTH * TILES) + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
+        t0 = _token(tokens, row, end, TAKES)
+        t1 = _token(tokens, row + 1, end, TAKES)
+        t2 = _token(tokens, row + 2, end, TAKES)
+        t3 = _token(tokens, row + 3, end, TAKES)
+        scales += (gl.program_id(0) * (WIDTH * TILES) // 128).to(gl.int64) * T
+        ahead = _load_quads(values, scales, t0, t1, t2, t3, row, c, T, C, end)
+        for tile in gl.static_range(TILES):
+            x0, x1, x2, x3, s0, s1, s2, s3 = ahead
+            if tile + 1 < TILES:
+                of_tile = scales + ((tile + 1) * WIDTH // 128) * T.to(gl.int64)
+                ahead = _load_quads(values, of_tile, t0, t1, t2, t3, row, c + (tile + 1) * WIDTH, T, C, end)
+            store_columns(
+                x0.to(gl.float32) * s0[:, None], x1.to(gl.float32) * s1[:, None],
+                x2.to(gl.float32) * s2[:, None], x3.to(gl.float32) * s3[:, None],
+                result, result_scales, block, (gl.program_id(0) * TILES + tile) * WIDTH, C, WORDS, True,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _token(tokens, row, end, TAKES: gl.constexpr):
+    if TAKES:
+        return gl.load(tokens + row, mask=row < end, other=0)
+    else:
+        return row.to(gl.int64)
+
+
+@gluon.jit
+def _load_quads(values, scales, t0, t1, t2, t3, row, c, T, C, end):
+    x0, s0 = _load(values, scales, t0, row < end, c, C)
+    x1, s1 = _load(values, scales, t1, row + 1 < end, c, C)
+    x2, s2 = _load(values, scales, t2, row + 2 < end, c, C)
+    x3, s3 = _load(values, scales, t3, row + 3 < end, c, C)
+    return x0, x1, x2, x3, s0, s1, s2, s3
+
+
+@gluon.jit
+def _load(values, scales, t, valid, c, C):
+    inside = valid[:, None] & (c < C)[None, :]
+    return gl.load(values + t[:, None] * C + c[None, :], mask=inside, other=0.0), gl.load(
+        scales + t, mask=valid, other=0.0
+    )
