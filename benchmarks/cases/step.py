@@ -28,6 +28,7 @@ def cases(device: str) -> Iterator[Case]:
     for tokens, width, vocabulary in ((8192, 7168, 129280), (16384, 2048, 102400)):
         yield _head(tokens, width, vocabulary, device)
     shape = (64, 2816, 2048)
+    yield _norm(device)
     for moments, size in ((torch.bfloat16, 20), (torch.float32, 28)):
         yield _adamw(shape, moments, size, device)
 
@@ -79,6 +80,23 @@ def _with_gradients(loss: Callable[[], Any], leaves: list[Tensor]) -> Callable[[
         return found, *torch.autograd.grad(found, leaves)
 
     return run
+
+
+def _norm(device: str) -> Case:
+    """Of gradients as a model has them: few large, many small."""
+    shapes = [(64, 2816, 2048), (64, 2048, 1408), *[(2048, 2048)] * 20, *[(2048,)] * 20]
+    gradients = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    expected = float(sum(one.double().square().sum() for one in gradients)) ** 0.5
+
+    def foreach() -> Tensor:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+
+    runs: Runs = {"benthic": lambda: gradient_norm(gradients), "torch foreach": foreach}
+    elements = sum(one.numel() for one in gradients)
+    return Case(
+        "gradient norm", f"{len(shapes)} tensors, {elements >> 20} Mi", runs,
+        lambda found: abs(float(found) - expected) / expected, 1e-4, 2 * elements,
+    )  # fmt: skip
 
 
 def _adamw(shape: tuple[int, ...], moments: torch.dtype, size: int, device: str) -> Case:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 BLOCK = 128
 
@@ -33,15 +34,18 @@ def quantise_rows(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
 
 
 def quantise_columns(
-    x: Tensor, ends: Tensor, power_of_two: bool = False, registers: int | None = None
+    x: Tensor, ends: Tensor, power_of_two: bool = False, tiles: int = 2, registers: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """x [T, C] in groups of rows -> (values float8_e4m3fn [C, P], scales float32 [P / 128, C]), transposed by group.
 
     `ends` int32 [E] on the device: group e is the rows from ends[e - 1] (0 for the first) to ends[e]; empty groups are
     allowed. Every group starts a fresh block of 128 tokens, at block `start // 128 + e`, so that the host needs no look
     at `ends` to know P = (T // 128 + E) * 128; the last block of a group is filled up with zeros. Blocks between groups
-    hold nothing and are never read. C must be a multiple of 16. `registers` bounds those of a thread (as many as the
-    compiler likes by default): fewer let more programs share a multiprocessor.
+    hold nothing and are never read. C must be a multiple of 16.
+
+    A program has 128 tokens and `tiles` times 64 columns, all of which it asks for before it works on the first.
+    `registers` bounds those of a thread (as many as the compiler likes by default): fewer let more programs share a
+    multiprocessor.
     """
     rows, columns = _matrix(x)
     if columns % 16:
@@ -50,10 +54,10 @@ def quantise_columns(
     values = x.new_empty((columns, blocks * BLOCK), dtype=torch.float8_e4m3fn)
     scales = x.new_empty((blocks, columns), dtype=torch.float32)
     if x.numel():
-        grid = (triton.cdiv(columns, 64), blocks)
+        grid = (triton.cdiv(columns, 64 * tiles), blocks)
         _columns[grid](
-            x, ends, values, scales, columns, blocks * BLOCK, len(ends), power_of_two,
-            GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64, num_warps=4, maxnreg=registers,
+            x, ends, values.view(torch.int32), scales, columns, blocks * BLOCK // 4, len(ends), power_of_two,
+            GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64, TILES=tiles, num_warps=4, maxnreg=registers,
         )  # fmt: skip
     return values, scales
 
@@ -155,36 +159,60 @@ def _columns(
     block = gl.program_id(1)
     first, end = rows_of_block(ends, block, E, GROUPS)
     if first < end:
-        LOAD: gl.constexpr = quad_layout(WIDTH, gl.num_warps())
-        t = first + 4 * gl.arange(0, 32, layout=gl.SliceLayout(1, LOAD))
-        c = gl.program_id(0) * (WIDTH * TILES) + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
-        rows = x + t[:, None].to(gl.int64) * C + c[None, :]
-        ahead = _load_quads(rows, t, c, C, end)
-        for tile in gl.static_range(TILES):
-            loaded = ahead
-            if tile + 1 < TILES:
-                ahead = _load_quads(rows + (tile + 1) * WIDTH, t, c + (tile + 1) * WIDTH, C, end)
-            x0, x1, x2, x3 = loaded
+        COPY: gl.constexpr = copy_layout(WIDTH, x.dtype.element_ty.primitive_bitwidth // 8, gl.num_warps())
+        t = first + quads(gl.SliceLayout(1, COPY))
+        column = gl.program_id(0) * (WIDTH * TILES)
+        c = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPY))
+        ring = fetch_tiles(x + t[:, None].to(gl.int64) * C + c[None, :], t < end, c, C, TILES)
+        for tile in range(TILES):
+            async_copy.wait_group(TILES - 1)
+            mine = ring.index(tile)
             store_columns(
-                x0.to(gl.float32), x1.to(gl.float32), x2.to(gl.float32), x3.to(gl.float32),
-                values, scales, block, (gl.program_id(0) * TILES + tile) * WIDTH, C, WORDS, POWER_OF_TWO,
+                rows_of_quads(mine, 0), rows_of_quads(mine, 1), rows_of_quads(mine, 2), rows_of_quads(mine, 3),
+                values, scales, block, column + tile * WIDTH, C, WORDS, POWER_OF_TWO,
             )  # fmt: skip
+            async_copy.commit_group()  # an empty one: each turn waits for all but TILES - 1
 
 
 @gluon.jit
-def _load_quads(rows, t, c, C, end):
-    columns = (c < C)[None, :]
-    x0 = gl.load(rows, mask=(t < end)[:, None] & columns, other=0.0)
-    x1 = gl.load(rows + C, mask=(t + 1 < end)[:, None] & columns, other=0.0)
-    x2 = gl.load(rows + 2 * C, mask=(t + 2 < end)[:, None] & columns, other=0.0)
-    x3 = gl.load(rows + 3 * C, mask=(t + 3 < end)[:, None] & columns, other=0.0)
-    return x0, x1, x2, x3
+def quads(layout: gl.constexpr):
+    """0, 4, 8 ... 124, then 1, 5 ...: the order in which a block's 128 tokens lie in shared memory."""
+    i = gl.arange(0, 128, layout=layout)
+    return i % 32 * 4 + i // 32
+
+
+@gluon.jit
+def fetch_tiles(pointers, valid, c, C, TILES: gl.constexpr):
+    """A ring [TILES, 128, W] in shared memory into which all TILES tiles of W columns are on their way, a group of
+    copies each. `pointers` [128, W] are those of the first; rows that are not `valid` and columns past C are zeros."""
+    WIDTH: gl.constexpr = pointers.shape[1]
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0])
+    ring = gl.allocate_shared_memory(pointers.dtype.element_ty, [TILES, 128, WIDTH], PLAIN)
+    for tile in gl.static_range(TILES):
+        inside = valid[:, None] & (c + tile * WIDTH < C)[None, :]
+        async_copy.async_copy_global_to_shared(ring.index(tile), pointers + tile * WIDTH, inside)
+        async_copy.commit_group()
+    return ring
+
+
+@gluon.jit
+def rows_of_quads(tile, j: gl.constexpr):
+    """Tokens j, 4 + j, 8 + j ... of a fetched tile, float32 [32, W] of quad_layout."""
+    LOAD: gl.constexpr = quad_layout(tile.shape[1], gl.num_warps())
+    return tile.slice(32 * j, 32).load(LOAD).to(gl.float32)
+
+
+@gluon.constexpr_function
+def copy_layout(width: int, size: int, warps: int) -> gl.BlockedLayout:
+    """16 bytes a thread of [128, width] elements of `size` bytes: what one asynchronous copy moves."""
+    across = width * size // 16
+    return gl.BlockedLayout([1, 16 // size], [32 // across, across], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def quad_layout(width: int, warps: int) -> gl.BlockedLayout:
-    """Of a quad's tensors [32, width]: rows 4 q, 4 q + 1 ... of 128 tokens are four tensors, so that a thread has four
-    tokens of a column and makes one word of them; 8 columns a thread, and as many q as there are left."""
+    """Of tokens j, 4 + j, 8 + j ... of 128, [32, width]: of four such tensors a thread has four tokens in a row of a
+    column, which make one word. 8 columns a thread, and as many rows as there are left."""
     across = width // 8
     return gl.BlockedLayout([max(across // warps, 1), 8], [32 // across, across], [warps, 1], [1, 0])
 

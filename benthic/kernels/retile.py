@@ -11,19 +11,34 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from benthic.kernels.hopper import require, require_fp8
-from benthic.kernels.quantise import BLOCK, quad_layout, rows_of_block, store_columns
+from benthic.kernels.quantise import (
+    BLOCK,
+    copy_layout,
+    fetch_tiles,
+    quad_layout,
+    quads,
+    rows_of_block,
+    rows_of_quads,
+    store_columns,
+)
 
 
 def retile_columns(
-    values: Tensor, scales: Tensor, ends: Tensor, tokens: Tensor | None = None, registers: int | None = None
+    values: Tensor,
+    scales: Tensor,
+    ends: Tensor,
+    tokens: Tensor | None = None,
+    tiles: int = 4,
+    registers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """values float8_e4m3fn [T, C] with scales float32 [ceil(C / 128), T], powers of two (quantise_rows) -> the layout
     of quantise_columns: values [C, P], scales [P / 128, C], powers of two.
 
     With `tokens` int64 [R], row r of the R that `ends` cuts into groups is values[tokens[r]]: no copy of the rows in
-    that order is needed. C must be a multiple of 16. `registers`: as for quantise_columns.
+    that order is needed. C must be a multiple of 16. `tiles` (1, or even) and `registers`: as for quantise_columns.
     """
     rows, columns = values.shape
     require_fp8("values", values, (rows, columns))
@@ -34,9 +49,10 @@ def retile_columns(
     result = values.new_empty((columns, blocks * BLOCK))
     result_scales = scales.new_empty((blocks, columns))
     if taken:
-        _retile[(triton.cdiv(columns, 64), blocks)](
-            values, scales, ends, tokens, result, result_scales, rows, columns, blocks * BLOCK, len(ends),
-            TAKES=tokens is not None, GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64,
+        _retile[(triton.cdiv(columns, 64 * tiles), blocks)](
+            values, scales, ends, tokens, result.view(torch.int32), result_scales,
+            rows, columns, blocks * BLOCK // 4, len(ends),
+            TAKES=tokens is not None, GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64, TILES=tiles,
             num_warps=4, maxnreg=registers,
         )  # fmt: skip
     return result, result_scales
@@ -85,25 +101,43 @@ def _retile(
     block = gl.program_id(1)
     first, end = rows_of_block(ends, block, E, GROUPS)
     if first < end:
-        LOAD: gl.constexpr = quad_layout(WIDTH, gl.num_warps())
-        row = first + 4 * gl.arange(0, 32, layout=gl.SliceLayout(1, LOAD))
-        c = gl.program_id(0) * (WIDTH * TILES) + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
-        t0 = _token(tokens, row, end, TAKES)
-        t1 = _token(tokens, row + 1, end, TAKES)
-        t2 = _token(tokens, row + 2, end, TAKES)
-        t3 = _token(tokens, row + 3, end, TAKES)
-        scales += (gl.program_id(0) * (WIDTH * TILES) // 128).to(gl.int64) * T
-        ahead = _load_quads(values, scales, t0, t1, t2, t3, row, c, T, C, end)
-        for tile in gl.static_range(TILES):
-            x0, x1, x2, x3, s0, s1, s2, s3 = ahead
-            if tile + 1 < TILES:
-                of_tile = scales + ((tile + 1) * WIDTH // 128) * T.to(gl.int64)
-                ahead = _load_quads(values, of_tile, t0, t1, t2, t3, row, c + (tile + 1) * WIDTH, T, C, end)
+        COPY: gl.constexpr = copy_layout(WIDTH, 1, gl.num_warps())
+        column = gl.program_id(0) * (WIDTH * TILES)
+        tables = _fetch_scales(scales, tokens, first, end, column, T, C, TAKES, (WIDTH * TILES + 127) // 128)
+        row = first + quads(gl.SliceLayout(1, COPY))
+        c = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPY))
+        t = _token(tokens, row, end, TAKES)
+        ring = fetch_tiles(values + t[:, None] * C + c[None, :], row < end, c, C, TILES)
+        for tile in range(TILES):
+            async_copy.wait_group(TILES - 1)
+            mine, table = ring.index(tile), tables.index(tile * WIDTH // 128)
             store_columns(
-                x0.to(gl.float32) * s0[:, None], x1.to(gl.float32) * s1[:, None],
-                x2.to(gl.float32) * s2[:, None], x3.to(gl.float32) * s3[:, None],
-                result, result_scales, block, (gl.program_id(0) * TILES + tile) * WIDTH, C, WORDS, True,
+                _scaled(mine, table, 0), _scaled(mine, table, 1), _scaled(mine, table, 2), _scaled(mine, table, 3),
+                result, result_scales, block, column + tile * WIDTH, C, WORDS, True,
             )  # fmt: skip
+            async_copy.commit_group()  # an empty one: each turn waits for all but TILES - 1
+
+
+@gluon.jit
+def _fetch_scales(
+    scales, tokens, first, end, column, T, C, TAKES: gl.constexpr, TABLES: gl.constexpr
+):  # fmt: skip
+    # [TABLES, 128] in shared memory, one for each 128 columns; part of the first group of copies.
+    row = first + quads(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    t = _token(tokens, row, end, TAKES)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    tables = gl.allocate_shared_memory(gl.float32, [TABLES, 128], PLAIN)
+    for table in gl.static_range(TABLES):
+        inside = (row < end) & (column + table * 128 < C)
+        pointers = scales + (column // 128 + table).to(gl.int64) * T + t
+        async_copy.async_copy_global_to_shared(tables.index(table), pointers, inside)
+    return tables
+
+
+@gluon.jit
+def _scaled(tile, table, j: gl.constexpr):
+    LOAD: gl.constexpr = quad_layout(tile.shape[1], gl.num_warps())
+    return rows_of_quads(tile, j) * table.slice(32 * j, 32).load(gl.SliceLayout(1, LOAD))[:, None]
 
 
 @gluon.jit
@@ -112,20 +146,3 @@ def _token(tokens, row, end, TAKES: gl.constexpr):
         return gl.load(tokens + row, mask=row < end, other=0)
     else:
         return row.to(gl.int64)
-
-
-@gluon.jit
-def _load_quads(values, scales, t0, t1, t2, t3, row, c, T, C, end):
-    x0, s0 = _load(values, scales, t0, row < end, c, C)
-    x1, s1 = _load(values, scales, t1, row + 1 < end, c, C)
-    x2, s2 = _load(values, scales, t2, row + 2 < end, c, C)
-    x3, s3 = _load(values, scales, t3, row + 3 < end, c, C)
-    return x0, x1, x2, x3, s0, s1, s2, s3
-
-
-@gluon.jit
-def _load(values, scales, t, valid, c, C):
-    inside = valid[:, None] & (c < C)[None, :]
-    return gl.load(values + t[:, None] * C + c[None, :], mask=inside, other=0.0), gl.load(
-        scales + t, mask=valid, other=0.0
-    )

@@ -32,5 +32,9 @@ def adamw(
 
 
 def gradient_norm(gradients: list[Tensor]) -> Float32[Tensor, ""]:
-    """The joint Euclidean norm, squares and sums in float32 whatever the gradients' dtypes."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    """The joint Euclidean norm, squares and sums in float32 whatever the dtypes; on a GPU from one read of each."""
+    if not gradients or gradients[0].device.type != "cuda":
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    from benthic.kernels import gradient_norm as kernels
+
+    return kernels.gradient_norm([gradient.contiguous() for gradient in gradients])
