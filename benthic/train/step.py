@@ -65,13 +65,6 @@ class Launched:
     batch: Batch
 
 
-def update(
-    model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig, failures: Path
-) -> Update:
-    """One update of `model` on `batch` ([B, S + 1] tokens), launched and awaited."""
-    return finish(launch(model, optimizer, batch, place, config), optimizer, failures)
-
-
 def launch(model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig) -> Launched:
     """Enqueue an update on `batch`, which is the host's; nothing here waits for the device."""
     masked = config.data.mask_documents
