@@ -16,21 +16,30 @@ BLOCK = 16384
 once at the end: an exponential for an element, and one for 16 bytes that rescales the sum."""
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, factor: float, with_gradient: bool = True) -> Tensor:
+def cross_entropy_(
+    logits: Tensor,
+    targets: Tensor,
+    factor: float,
+    with_gradient: bool = True,
+    largest_block: int = BLOCK,
+    unroll: int = 1,
+) -> Tensor:
     """-log softmax(logits)[target] by row, float32 [T], 0 where the target is -100; computed in float32.
 
     logits [T, V] become factor * (softmax - one-hot), zeros in rows of -100, unless `with_gradient` is False.
+    `largest_block`, a power of two, is worked on at once; `unroll` of them are in one turn of the loop.
     """
     rows, columns = logits.shape
     if not logits.is_contiguous():
         raise ValueError(f"logits must be contiguous, not of strides {logits.stride()}")
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        block = min(BLOCK, triton.next_power_of_2(columns))
+        block = min(largest_block, triton.next_power_of_2(columns))
         warps = max(1, block // 512)
         _cross_entropy[(rows,)](
             logits, targets, losses, columns, factor, triton.cdiv(columns, block),
-            WITH_GRADIENT=with_gradient, BLOCK=block, LANE=min(block, 16 // logits.element_size()), num_warps=warps,
+            WITH_GRADIENT=with_gradient, BLOCK=block, LANE=min(block, 16 // logits.element_size()), UNROLL=unroll,
+            num_warps=warps,
         )  # fmt: skip
     return losses
 
@@ -48,7 +57,7 @@ def multiply_(x: Tensor, factor: Tensor) -> None:
 @triton.jit
 def _cross_entropy(
     logits, targets, losses, columns, factor, BLOCKS: tl.constexpr,
-    WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * columns
@@ -60,7 +69,7 @@ def _cross_entropy(
     # Finite, so that a place without a column does not subtract infinities. All in powers of 2.
     highest = tl.full((BLOCK // LANE,), -1e38, tl.float32)
     total = tl.zeros((BLOCK // LANE,), tl.float32)
-    for block in range(BLOCKS):
+    for block in tl.range(BLOCKS, loop_unroll_factor=UNROLL):
         start = block * BLOCK
         inside = start + column < columns
         x = tl.load(logits + start + column, mask=inside, other=-float("inf"), eviction_policy="evict_last")
@@ -73,7 +82,7 @@ def _cross_entropy(
     loss = log_sum * 0.6931471805599453 - chosen
     tl.store(losses + row, tl.where(counts, loss, 0.0))
     if WITH_GRADIENT:
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, loop_unroll_factor=UNROLL):
             start = (BLOCKS - 1 - block) * BLOCK
             inside = start + column < columns
             x = tl.load(logits + start + column, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)

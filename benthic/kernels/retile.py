@@ -40,6 +40,8 @@ def retile_columns(
     With `tokens` int64 [R], row r of the R that `ends` cuts into groups is values[tokens[r]]: no copy of the rows in
     that order is needed. C must be a multiple of 16. `tiles` (1, or even) and `registers`: as for quantise_columns.
     """
+    if tiles != 1 and tiles % 2:
+        raise ValueError(f"tiles must be 1 or even, not {tiles}: a scale of a row is for two tiles")
     rows, columns = values.shape
     require_fp8("values", values, (rows, columns))
     require("scales", scales, (triton.cdiv(columns, BLOCK), rows), torch.float32)

@@ -54,6 +54,12 @@ def test_columns_of_ragged_groups_equal_the_reference(sizes, columns, taking, ti
     assert_same_fp8(values[:, inside], expected_values[:, inside])
 
 
+def test_an_odd_number_of_tiles_is_refused(device):
+    quantised = plain.quantise_rows(torch.ones(3, 128, device=device), power_of_two=True)
+    with pytest.raises(ValueError, match="tiles must be 1 or even, not 3"):
+        kernels.retile_columns(*quantised, torch.tensor([3], dtype=torch.int32, device=device), tiles=3)
+
+
 def test_retiling_keeps_what_one_scale_can_hold():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 128, generator=generator) * 2.0 ** torch.randint(-3, 4, (256, 1), generator=generator)
