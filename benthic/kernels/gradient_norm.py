@@ -1,4 +1,4 @@
-"""The norms of many gradients from one read of each: a partial sum a program, a row of them a gradient, then their sums.
+"""The norms of many gradients from one read of each: a partial sum a program, a row of those a gradient, their sums.
 
 Partial sums lie where their program's number says, so a norm is the same whenever it is taken of the same gradients;
 what is not finite stays so. Bytes: those of the gradients. Launches: one a tensor and two.
