@@ -22,6 +22,9 @@ from benthic.train.progress import Lines, shown
 from benthic.train.signals import StopRequest, stop_requests
 from benthic.train.trainer import Trainer
 
+ASYNCHRONOUS = ("cuda",)
+"""Kinds of devices that work by themselves, and so can have the next update queued before this one is read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -118,8 +121,9 @@ def _train(trainer: Trainer, stop: StopRequest) -> bool:
     with shown(config.steps, trainer.step) as display:
         trainer.announce(display)
         trainer.meter.start()
-        while trainer.step < config.steps and not stop.received:
-            trainer.make_update(display)
+        while trainer.step < config.steps and (trainer.launched or not stop.received):
+            ahead = trainer.device.type in ASYNCHRONOUS and not stop.received and not _pauses(config, trainer.step + 1)
+            trainer.make_update(display, ahead)
             paused = trainer.meter.pause()
             _between_updates(trainer, display)
             trainer.meter.unpause(paused)
@@ -130,6 +134,12 @@ def _train(trainer: Trainer, stop: StopRequest) -> bool:
             trainer.save()
         display.note(f"{stop.received.name}: saved step {trainer.step}; continue with --resume")
         return False
+
+
+def _pauses(config: TrainConfig, step: int) -> bool:
+    """Whether something is done with the model after update `step`."""
+    every = (config.evaluation.every, config.sampling.every, config.checkpoint.every)
+    return step == config.steps or any(step % each == 0 for each in every)
 
 
 def _between_updates(trainer: Trainer, display: Lines) -> None:
