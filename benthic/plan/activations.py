@@ -10,12 +10,12 @@ list, for one layer, in the computing dtype where nothing else is said:
     plain attention    query, key (after rotation), value, output, logsumexp; with qk_norm the projections as well
     feed-forward       gate, up, their activation
     router             its input, scores in float32, chosen experts in int64
-    routed experts     K times: gate and up, routing weight in float32, two numbers of the order in int64; their input is
-                       the router's
+    routed experts     K times: gate and up, routing weight in float32, two numbers of the order in int64; their input
+                       is the router's
 
-Precision "fp8" is the recipe of model/float8.py: what a matrix reads is kept in e4m3 with a scale for each 128 channels,
-once for all matrices that read it; a feed-forward keeps gate and up so and nothing else; o_proj's input is attention's
-output, kept as attention keeps it. Between matrices everything stays bfloat16, the router's input included.
+Precision "fp8" is the recipe of model/float8.py: what a matrix reads is kept in e4m3 with a scale for each 128
+channels, once for all matrices that read it; a feed-forward keeps gate and up so and nothing else; o_proj's input is
+attention's output, kept as attention keeps it. Between matrices everything stays bfloat16, the router's input included.
 """
 
 from __future__ import annotations

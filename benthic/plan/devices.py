@@ -39,10 +39,10 @@ MemoryWork = Literal[
     "gated_fp8",
 ]
 """Kinds of memory-bound kernels whose bandwidths differ. torch's: contiguous arrays of one dtype; bfloat16 to float32;
-float32 to bfloat16; adding bfloat16 to float32 in place; copying rows by number; adding rows by number (atomic, and read
-before they are written); norms of many arrays. benthic's, both passes: RMS norm; heads of attention turned and joined;
-SwiGLU; rows to experts and back; the loss in its logits' place; one-pass AdamW; FP8 by rows, down the tokens from FP8,
-of weights with their transpose, and SwiGLU that reads and writes it."""
+float32 to bfloat16; adding bfloat16 to float32 in place; copying rows by number; adding rows by number (atomic, and
+read before they are written). benthic's, both passes: RMS norm; heads of attention turned and joined; SwiGLU; rows to
+experts and back; the loss in its logits' place; norms of gradients, and sums; one-pass AdamW; FP8 by rows, down the
+tokens from FP8, of weights with their transpose, and SwiGLU that reads and writes it."""
 MEMORY_WORKS: tuple[MemoryWork, ...] = get_args(MemoryWork)
 
 GIB = 2**30
@@ -67,8 +67,9 @@ class Device:
     nodes, both as achieved by all-to-all where known. `dollars_per_hour` is an assumption to be overridden.
     `memory_bandwidth` is that of a large copy, `measured_bandwidth` what other kinds of kernels reach, reads and writes
     counted. `launch_seconds` is the least time between two kernels that torch launches one after another.
-    The loss holds `logits_at_a_time` (ops/linear_cross_entropy.py). `context_bytes` of its memory go to CUDA itself, its libraries and their workspaces, which torch does not count as
-    allocated; `allocator_loss` is the share of the peak that the caching allocator may lose between its blocks.
+    The loss holds `logits_at_a_time` (ops/linear_cross_entropy.py). `context_bytes` of its memory go to CUDA itself,
+    its libraries and their workspaces, which torch does not count as allocated; `allocator_loss` is the share of the
+    peak that the caching allocator may lose between its blocks.
     """
 
     name: str

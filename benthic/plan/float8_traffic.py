@@ -56,9 +56,7 @@ def experts_fp8(config: ModelConfig) -> Iterator[Kernels]:
     yield Kernels("feed_forward", "gradient quantised", "backward", "quantise", _QUANTISED * width)
     rows = _RETILED * chosen * width
     yield from both_ways("feed_forward", "rows to experts", "rows", rows, rows, routed=True)
-    yield from both_ways(
-        "feed_forward", "rows summed", "rows", summed + shared * _WIDE * width, summed, routed=True
-    )
+    yield from both_ways("feed_forward", "rows summed", "rows", summed + shared * _WIDE * width, summed, routed=True)
     yield from _swiglu(inner, chosen)
     cut = _RETILED * chosen * (2 * width + 3 * inner)
     yield Kernels("feed_forward", "cut anew", "backward", "retile", cut, 4, routed=True)

@@ -1,9 +1,10 @@
 """Memory of training on the fullest GPU: a step played through a ledger that remembers its highest moment.
 
-What stays: weights (in FP8 training with their FP8 copies), float32 master weights, moments, and from the first backward
-on gradients. What comes and goes: activations (activations.py), and the workspace of single operations (playback.py). Which moment is the highest
-depends on sizes: the loss at the end of the forward, an expert layer's backward, the embedding's gradient at the very
-end, or the optimiser's step. So the moments are played in order instead of adding up worst cases.
+What stays: weights (in FP8 training with their FP8 copies), float32 master weights, moments, and from the first
+backward on gradients. What comes and goes: activations (activations.py), and the workspace of single operations
+(playback.py). Which moment is the highest depends on sizes: the loss at the end of the forward, an expert layer's
+backward, the embedding's gradient at the very end, or the optimiser's step. So the moments are played in order instead
+of adding up worst cases.
 
 Checked against torch.cuda.max_memory_allocated by benchmarks/plan_vs_measured.py.
 """
@@ -22,7 +23,6 @@ from benthic.plan.ledger import Ledger
 from benthic.plan.pipeline import cut
 from benthic.plan.playback import Playback
 from benthic.plan.training import Training
-
 
 FP8_COPIES = 2 * (1 + 4 / 128**2)
 """Bytes of a quantised weight's copies in e4m3, as it lies and transposed, with a float32 scale a block."""
@@ -49,8 +49,8 @@ def training_memory(
     device: Device = DEVICES["h200"],
 ) -> TrainingMemory:
     """Memory of the fullest rank. `stages` are the layers of each stage (prediction layers last); by default layers
-    are dealt out evenly. Of `device` only what all GPUs share counts: the allowances, which a CPU does not have, and how
-    many logits the loss holds.
+    are dealt out evenly. Of `device` only what all GPUs share counts: the allowances, which a CPU does not have, and
+    how many logits the loss holds.
 
     Raises ConfigError where the layout does not divide the model.
     """
@@ -130,7 +130,9 @@ def _assumptions(training: Training, layout: ParallelConfig, device: Device) -> 
         found.append(f"the allocator loses {device.allocator_loss:.0%}; CUDA itself takes {context:.1f} GiB")
     found.append("activations as the trainer's path on a GPU keeps them, attention crossing documents")
     if training.precision == "fp8":
-        found.append("bfloat16 weights beside their FP8 copies, as benthic trains; DeepSeek's framework keeps FP8 alone")
+        found.append(
+            "bfloat16 weights beside their FP8 copies, as benthic trains; DeepSeek's framework keeps FP8 alone"
+        )
     if layout.tensor > 1:
         found.append("tensor parallelism divides every activation (sequence parallel norms)")
     if layout.pipeline > 1:

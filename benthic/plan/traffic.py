@@ -1,9 +1,9 @@
 """What a training step on a GPU moves through memory beside matrix products and attention, kernel by kernel.
 
 Every operation reads its inputs and writes its outputs once; bytes are reads + writes of a token, in elements of the
-computing dtype, `b` bytes, or of float32, 4 bytes. Arrays of T rows are counted, and of the rest what is launched. A test
-holds the list against every kernel and torch operation that autograd runs on a model without memory. What FP8 training
-moves in place of this, or beside it, is in float8_traffic.py.
+computing dtype, `b` bytes, or of float32, 4 bytes. Arrays of T rows are counted, and of the rest what is launched. A
+test holds the list against every kernel and torch operation that autograd runs on a model without memory. What FP8
+training moves in place of this, or beside it, is in float8_traffic.py.
 """
 
 from __future__ import annotations

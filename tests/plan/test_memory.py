@@ -110,9 +110,7 @@ def test_v3_in_the_published_layout_fits_an_h800():
 
 
 def test_a_lone_micro_batch_keeps_gradients_as_their_products_wrote_them():
-    alone, several = (
-        training_memory(LITE, Training(64, micro_batches=count)).by_part["gradients"] for count in (1, 2)
-    )
+    alone, several = (training_memory(LITE, Training(64, micro_batches=count)).by_part["gradients"] for count in (1, 2))
     assert 1.8 * alone < several <= 2 * alone
     apart = training_memory(LITE, Training(64), ParallelConfig(shard=2, zero=0)).by_part["gradients"]
     assert apart > 1.8 * alone

@@ -38,8 +38,8 @@ class Traced(TorchDispatchMode):
 
     LEFT_OUT = (
         "view _unsafe_view t transpose slice split split_with_sizes expand unsqueeze squeeze detach permute select "
-        "alias empty_like new_empty new_empty_strided mm addmm _grouped_mm embedding embedding_dense_backward new_zeros "
-        "zeros zeros_like index scatter_"
+        "alias empty_like new_empty new_empty_strided mm addmm _grouped_mm embedding embedding_dense_backward "
+        "new_zeros zeros zeros_like index scatter_"
     ).split()
 
     def __init__(self) -> None:
