@@ -64,8 +64,8 @@ class Setting:
 
 
 def settings() -> dict[str, Setting]:
-    """Sizes, batches, precisions and recomputation that put the highest moment at different places. "lite" is the model
-    of the training benchmark."""
+    """Sizes, batches, precisions and recomputation that put the highest moment at different places. All
+    with V2-Lite's widths are the training benchmark's model; the README shows the first two."""
     lite = model_config("lite")
     wide = ModelConfig.from_pretrained("deepseek-v3").replace(
         num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=16, n_group=1, topk_group=1, vocab_size=32768
@@ -74,16 +74,22 @@ def settings() -> dict[str, Setting]:
     bf16 = Training(4096, 4, bf16_moments=True)
     fp8 = replace(bf16, precision="fp8")
     return {
-        "lite, bf16, 4 x 4096": Setting(lite, bf16),
-        "lite, float8, 4 x 4096": Setting(lite, fp8),
-        "lite, bf16, 4 x 4096, float32 moments": Setting(lite, replace(bf16, bf16_moments=False)),
-        "lite, bf16, 4 x 4096, up-projections recomputed": Setting(lite, replace(bf16, recomputation="up_projections")),
-        "lite, float8, 4 x 4096, up-projections recomputed": Setting(
+        "v2-lite, 8 layers, 4 x 4096, bf16": Setting(lite, bf16),
+        "v2-lite, 8 layers, 4 x 4096, float8": Setting(lite, fp8),
+        "v2-lite, float32 moments, 4 x 4096, bf16": Setting(lite, replace(bf16, bf16_moments=False)),
+        "v2-lite, up-projections recomputed, 4 x 4096, bf16": Setting(
+            lite, replace(bf16, recomputation="up_projections")
+        ),
+        "v2-lite, up-projections recomputed, 4 x 4096, float8": Setting(
             lite, replace(fp8, recomputation="up_projections")
         ),
-        "lite, bf16, 8 x 4096, layers recomputed": Setting(lite, replace(bf16, micro_batch=8, recomputation="layer")),
-        "lite, float8, 8 x 4096, layers recomputed": Setting(lite, replace(fp8, micro_batch=8, recomputation="layer")),
-        "lite, bf16, 1 x 2048, 4 micro-batches": Setting(lite, Training(2048, 1, 4, bf16_moments=True)),
+        "v2-lite, layers recomputed, 8 x 4096, bf16": Setting(
+            lite, replace(bf16, micro_batch=8, recomputation="layer")
+        ),
+        "v2-lite, layers recomputed, 8 x 4096, float8": Setting(
+            lite, replace(fp8, micro_batch=8, recomputation="layer")
+        ),
+        "v2-lite, 4 micro-batches, 1 x 2048, bf16": Setting(lite, Training(2048, 1, 4, bf16_moments=True)),
         "v3 widths, 2 layers + MTP, bf16, 2 x 4096": Setting(wide, replace(bf16, micro_batch=2)),
         "v3 widths, 2 layers + MTP, float8, 2 x 4096": Setting(wide, replace(fp8, micro_batch=2)),
         "olmo2-7b, 8 layers, bf16, 4 x 4096": Setting(dense, bf16),
