@@ -219,16 +219,14 @@ def _quantisation(config: ModelConfig, x: Tensor) -> Iterator[Measured]:
     """What FP8 adds: rows quantised and cut anew, weights with their transpose, SwiGLU between two products."""
     tokens, width = x.shape
     yield "quantise", (2 + FP8_ELEMENT) * x.numel(), lambda: quantise.quantise_rows(x, power_of_two=True)
-    weight = _drawn(max(1, config.n_routed_experts or 0), 2 * config.moe_intermediate_size, width)
-    if not config.n_routed_experts:
-        weight = _drawn(1, 2 * config.intermediate_size, width)
-    yield "quantise_weights", 4 * weight.numel(), lambda: quantise.quantise_weights_with_transpose(weight, True)
     rows, inner, ends = tokens, config.intermediate_size, torch.tensor([tokens], dtype=torch.int32, device="cuda")
     weights = None
     if config.n_routed_experts:
-        sorted_rows = _permutation(config, tokens)
-        rows, inner, ends = tokens * config.num_experts_per_tok, config.moe_intermediate_size, sorted_rows.ends
+        ends = _permutation(config, tokens).ends
+        rows, inner = tokens * config.num_experts_per_tok, config.moe_intermediate_size
         weights = torch.rand(rows, device="cuda")
+    weight = _drawn(len(ends), 2 * inner, width)
+    yield "quantise_weights", 4 * weight.numel(), lambda: quantise.quantise_weights_with_transpose(weight, True)
     hidden, grad = _drawn(rows, 2 * inner), _drawn(rows, inner)
     values, scales, kept, kept_scales = swiglu_fp8.swiglu_quantised(hidden, weights)
 

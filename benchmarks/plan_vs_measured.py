@@ -64,8 +64,8 @@ class Setting:
 
 
 def settings() -> dict[str, Setting]:
-    """Sizes, batches, precisions and recomputation that put the highest moment at different places. All
-    with V2-Lite's widths are the training benchmark's model; the README shows the first two."""
+    """Sizes, batches, precisions and recomputation that put the highest moment at different places. Those of V2-Lite's
+    widths are the training benchmark's model; the README shows the first."""
     lite = model_config("lite")
     wide = ModelConfig.from_pretrained("deepseek-v3").replace(
         num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=16, n_group=1, topk_group=1, vocab_size=32768
