@@ -112,7 +112,7 @@ def main() -> int:
         plot(document, options.plot)
         return 0
     began, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
-    document |= {"machine": describe(("torch", "triton")), "command": "python -m benchmarks." + " ".join(sys.argv)}
+    document |= {"machine": describe(("torch", "triton")), "command": "python -m benchmarks.fp8_loss " + " ".join(sys.argv[1:])}
     if device == "cuda":
         document["gpu"] = torch.cuda.get_device_name()
     for arm in options.arms:
