@@ -1,13 +1,13 @@
 """Training in FP8 beside bfloat16: same model, text, order and seed, and how far the losses come apart.
 
-    python -m benchmarks.fp8_loss --out FOLDER [--arms bfloat16 float8 blocks] [--steps 1100] [--seconds 540] [--text FOLDER]
+    python -m benchmarks.fp8_loss --out FOLDER [--arms bfloat16 float8 blocks] [--steps 1100] [--text FOLDER]
     python -m benchmarks.fp8_loss --out FOLDER --plot docs/fp8-loss.svg
 
 The model has DeepSeek-V3's parts (latent attention with compressed queries, 1 shared and 48 routed experts, sigmoid
 router whose bias evens the load) and 0.56 B parameters; the text is this Python's standard library or, larger, any
-folder of text. Losses are smoothed as the paper smooths its own (arXiv:2412.19437, section B.1: an exponential average of 0.9), and the difference is
-relative to bfloat16. `blocks` is the paper's warning (section B.2): FP8 whose gradients are quantised by 128 x 128
-instead of 1 x 128; it exists here alone.
+folder of text. Losses are smoothed as the paper smooths its own (arXiv:2412.19437, section B.1: an exponential average
+of 0.9), and the difference is relative to bfloat16. `blocks` is the paper's warning (section B.2): FP8 whose gradients
+are quantised by 128 x 128 instead of 1 x 128; it exists here alone.
 
 FOLDER/fp8_loss.json is written every 50 updates. A run that was stopped keeps finished arms and starts the others anew.
 """
