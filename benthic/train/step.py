@@ -1,7 +1,8 @@
 """One update: micro-batches, loss, backward, clip, the parameters, then the routing biases.
 
 A GPU gets the whole update without the host waiting for any of it. What the update depends on (is everything finite,
-how much to clip) is decided on the device, and the few numbers of the record come to the host together, at the end.
+how much to clip) is decided on the device, and the few numbers of the record come to the host together, at the end:
+their copy is enqueued with the update, so that whoever waits for it does not wait for what was launched behind it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """An update that a GPU may still be working on. `batch` is the host's."""
+    """An update that a GPU may still be working on.
+
+    `numbers` (losses, norm, finite) and `loads` are the host's, but filled only when `arrived` has happened (None: they
+    are there). `batch` is the host's.
+    """
 
     place: Place
     scale: Scale
@@ -64,6 +69,7 @@ class Launched:
     finite: Tensor
     numbers: Tensor
     loads: dict[int, Tensor]
+    arrived: torch.cuda.Event | None
     batch: Batch
 
 
@@ -103,7 +109,12 @@ def launch(
     move_biases(routing_biases(model), {layer: load * finite for layer, load in loads.items()}, balance, speed)
     recorded = torch.stack([torch.stack((part.main, part.prediction, part.balance)) for part in parts]).sum(0)
     numbers = torch.cat((recorded, torch.stack((norm, finite.float()))))
-    return Launched(place, scale, learning_rate, parts, norms, finite, numbers, loads, batch)
+    numbers = numbers.to("cpu", non_blocking=True)
+    if loads:
+        together = torch.stack(list(loads.values())).to("cpu", non_blocking=True)
+        loads = dict(zip(loads, together.unbind(), strict=True))
+    arrived = torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
+    return Launched(place, scale, learning_rate, parts, norms, finite, numbers, loads, arrived, batch)
 
 
 def finish(launched: Launched, failures: Path) -> Update:
@@ -112,6 +123,8 @@ def finish(launched: Launched, failures: Path) -> Update:
     Raises NumericsError when the loss or the gradient was not finite: nothing has changed then, and the batch is left
     under `failures`.
     """
+    if launched.arrived is not None:
+        launched.arrived.synchronize()
     loss, prediction, balance, norm, finite = launched.numbers.tolist()
     result = Update(
         step=launched.place.step,

@@ -222,7 +222,7 @@ def test_moments_and_masters_kept_elsewhere_come_to_the_same_bit_for_bit(monkeyp
 def test_an_average_kept_elsewhere_comes_to_the_same_bit_for_bit():
     model, _ = build()
     weights = dict(model.named_parameters())
-    here, elsewhere = Average(weights, 0.9), OffloadedAverage(weights, 0.9)
+    here, elsewhere = Average(weights, 0.9), OffloadedAverage(weights, 0.9, torch.device("cpu"))
     for count in range(1, 5):
         elsewhere.let_go()
         with torch.no_grad():
