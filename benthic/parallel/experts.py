@@ -1,0 +1,47 @@
+"""An expert layer whose routed experts are spread over ranks. It has the parts of the layer it stands for under the
+same names; its `experts` are this rank's own, and compute as they would in one process."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from benthic.ops.permutation import sort_by_expert, sum_choices, take_rows
+from benthic.ops.route import Routing
+from benthic.parallel.exchange import Journey, agree_on_splits, exchanged
+
+
+class ExchangedExpertLayer(nn.Module):
+    """`layer` (router `gate`, routed `experts`, `shared_experts` or None) over the ranks of `group`, each with its
+    E / ranks consecutive experts."""
+
+    def __init__(self, layer: nn.Module, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.gate, self.experts, self.shared_experts = layer.gate, layer.experts, layer.shared_experts
+        self._group = group
+
+    def forward(
+        self, x: Float[Tensor, "batch positions width"]
+    ) -> tuple[Float[Tensor, "batch positions width"], Routing]:
+        """The sum of both, and how the B S tokens of this rank were routed (experts numbered over all ranks)."""
+        tokens = x.flatten(0, -2)  # [T, D]
+        routing = self.gate(tokens)
+        permutation = sort_by_expert(routing.experts, routing.scores.shape[-1])
+        splits = agree_on_splits(permutation.ends.long().diff(prepend=permutation.ends.new_zeros(1)), self._group)
+        rows = exchanged(take_rows(tokens, permutation), splits)  # [R, D]
+        weights = exchanged(_by_row(routing.weights, permutation.places), splits)
+        choice = weights[:, None]  # a received row has one choice
+        journey = Journey(splits.reversed())
+        under_way = journey.depart(self.experts(rows, Routing(choice, splits.experts[:, None], choice)))
+        # Results travel home, and in backward their gradients travel here, while the shared experts compute.
+        shared = None if self.shared_experts is None else self.shared_experts(tokens)
+        out = sum_choices(journey.arrive(under_way), permutation, shared)
+        return out.view_as(x), routing
+
+
+def _by_row(weights: Float[Tensor, "tokens chosen"], places: Tensor) -> Float[Tensor, " rows"]:
+    """Each choice's weight at the row of that choice."""
+    flat = weights.flatten()
+    return torch.empty_like(flat).scatter(0, places.flatten(), flat)

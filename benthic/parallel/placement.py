@@ -1,0 +1,177 @@
+"""A model on its ranks: which part of each parameter a rank holds, from the manifest, and FSDP2 over the rest.
+
+Routed experts are cut over the expert ranks; then every layer's weights, and those outside the layers, are one group
+of FSDP2 each: float32 masters split over ranks, gathered for use in the compute type, gradients summed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from benthic.config.manifest import Parameter, parameters
+from benthic.config.model import ModelConfig
+from benthic.parallel.experts import ExchangedExpertLayer
+from benthic.parallel.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The block of a tensor that a rank holds: the whole's `shape`, and where the block starts and how large it is."""
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def block(self) -> tuple[slice, ...]:
+        """The index of the block in the whole."""
+        return tuple(slice(start, start + size) for start, size in zip(self.start, self.size, strict=True))
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Part:
+        """All of it."""
+        return cls(shape, (0,) * len(shape), shape)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's block of a tensor, sharing its memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(model: nn.Module, config: ModelConfig, world: World, compute: torch.dtype) -> None:
+    """Cut `model` (on the meta device or a real one, float32) to this rank's part, in place; one process: nothing.
+
+    Its parameters are then sharded DTensors that compute as `compute`; `model.states` and calls gather them.
+    """
+    if world.dense is None or world.experts is None:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    keeps = world.layout.zero < 3
+    dense = _data_mesh(world.dense, "replicate", "shard")
+    for path in expert_layers(config) if world.layout.expert > 1 else ():
+        layer = model.get_submodule(path)
+        _cut_experts(layer.experts, world)
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, ExchangedExpertLayer(layer, world.experts["expert"].get_group()))
+        _shard(layer.experts, _data_mesh(world.experts, "expert_replicate", "expert_shard"), policy, keeps, world)
+    for layer in sorted({row.layer for row in parameters(config) if row.layer is not None}):
+        _shard(model.get_submodule(f"model.layers.{layer}"), dense, policy, keeps, world)
+    # Outside the layers: embedding, last norm, head. The head is read by the loss, after the forward pass, so these
+    # stay gathered until backward has ended.
+    _shard(model, dense, policy, True, world)
+    register_fsdp_forward_method(model, "states")
+
+
+def expert_layers(config: ModelConfig) -> Iterator[str]:
+    """Paths of the modules that hold router and experts, `model.layers.3.mlp`."""
+    for row in parameters(config):
+        if row.part == "router" and row.group != "routing_bias":
+            yield row.name.removesuffix(".gate.weight")
+
+
+def _data_mesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
+    return mesh[replicate, shard] if mesh[replicate].size() > 1 else mesh[shard]
+
+
+def _cut_experts(experts: nn.Module, world: World) -> None:
+    index, ranks = world.grid.expert_place(world.rank)[-1], world.layout.expert
+    for name, weight in list(experts.named_parameters()):
+        held = len(weight) // ranks
+        mine = weight.detach()[index * held : (index + 1) * held].clone()
+        owner, _, leaf = name.rpartition(".")
+        setattr(experts.get_submodule(owner), leaf, nn.Parameter(mine))
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, keeps: bool, world: World) -> None:
+    shards = world.grid.experts[2]
+
+    def dimension(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dimension(tuple(parameter.shape), shards))
+
+    exchanged = world.layout.expert > 1
+    place = dimension if exchanged and mesh.mesh_dim_names[-1] == "expert_shard" else None
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not keeps, shard_placement_fn=place)
+    if isinstance(module, FSDPModule):
+        # The loss is divided by whole-update counts already: gradients are summed, not averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def shard_dimension(shape: tuple[int, ...], shards: int) -> int:
+    """Which dimension of a stack of experts is split over its copies: experts where they come out even, else rows."""
+    return 0 if shape[0] % shards == 0 else 1
+
+
+def parts(config: ModelConfig, world: World) -> dict[str, Part]:
+    """The block of each manifest row that this rank holds. Arithmetic: no model is needed."""
+    return {row.name: part(row, world) for row in parameters(config)}
+
+
+def part(row: Parameter, world: World) -> Part:
+    """The block of one row."""
+    whole = Part.whole(row.shape)
+    if world.size == 1 or row.group == "routing_bias":
+        return whole
+    if row.part == "routed" and world.layout.expert > 1:
+        _, _, shard, expert = world.grid.expert_place(world.rank)
+        mine = _split(whole, 0, world.layout.expert, expert)
+        shards = world.grid.experts[2]
+        return _split(mine, shard_dimension(mine.size, shards), shards, shard)
+    return _split(whole, 0, world.grid.dense[2], world.grid.dense_place(world.rank)[2])
+
+
+def _split(part: Part, dimension: int, pieces: int, index: int) -> Part:
+    """Piece `index` as torch.chunk cuts: equal pieces rounded up, the last ones shorter or empty."""
+    length = part.size[dimension]
+    piece = -(-length // pieces)
+    begin = min(index * piece, length)
+    start, size = list(part.start), list(part.size)
+    start[dimension] += begin
+    size[dimension] = min(piece, length - begin)
+    return Part(part.shape, tuple(start), tuple(size))
+
+
+def as_distributed(row: Parameter, block: Tensor, world: World) -> Tensor:
+    """A rank's block as the DTensor of the whole, for a checkpoint; alone, the tensor itself."""
+    if world.dense is None or world.experts is None:
+        return block
+    placements: list[Placement]
+    if row.part == "routed" and world.layout.expert > 1:
+        mesh = world.experts["expert_replicate", "expert_shard", "expert"]
+        held = row.shape[0] // world.layout.expert
+        dimension = shard_dimension((held, *row.shape[1:]), world.grid.experts[2])
+        inner = _StridedShard(0, split_factor=world.layout.expert) if dimension == 0 else Shard(1)
+        placements = [Replicate(), inner, Shard(0)]
+    else:
+        mesh = world.dense["replicate", "shard"]
+        placements = [Replicate(), Replicate() if row.group == "routing_bias" else Shard(0)]
+    stride = tuple(prod(row.shape[axis + 1 :]) for axis in range(len(row.shape)))
+    return DTensor.from_local(block, mesh, placements, run_check=False, shape=torch.Size(row.shape), stride=stride)
+
+
+def gather_at_last_micro_batch(model: nn.Module, is_last: bool, world: World) -> None:
+    """Before a micro-batch's backward: whether gradients are summed over ranks now. ZeRO 0 and 1 keep whole gradients
+    and sum them once an update; 2 and 3 split them, so they are summed each time."""
+    if isinstance(model, FSDPModule) and world.layout.zero < 2:
+        model.set_requires_gradient_sync(is_last)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Drop whole weights that a forward pass without backward left gathered: they are older than the masters soon."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def named_blocks(model: nn.Module) -> Mapping[str, Tensor]:
+    """This rank's blocks of parameters, by published name; writing into them changes the model."""
+    return {name: local(parameter.detach()) for name, parameter in model.named_parameters()}

@@ -1,0 +1,131 @@
+"""The processes of a run: who this one is, its meshes, and the sums over all of them. One process alone has neither
+meshes nor collectives, and every method hands back what it was given."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from benthic.config.model import ModelConfig
+from benthic.config.parallel import ParallelConfig
+from benthic.errors import ConfigError
+from benthic.log import logger
+from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, Grid, description, grid, require_supported
+
+TIMEOUT = datetime.timedelta(minutes=5)
+"""How long a rank waits for one that is silent. The first batch of a large corpus and the slowest save fit into it."""
+
+
+def started_processes() -> int:
+    """Processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class World:
+    """This process among those of the run; `rank` 0 writes files and speaks."""
+
+    def __init__(self, layout: ParallelConfig, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self.size, self.rank = layout.world, 0
+        self.grid: Grid = grid(layout)
+        self.dense: DeviceMesh | None = None
+        self.experts: DeviceMesh | None = None
+        if self.size > 1:
+            self.rank = dist.get_rank()
+            self.dense = init_device_mesh(device.type, self.grid.dense, mesh_dim_names=DENSE_AXES)
+            self.experts = init_device_mesh(device.type, self.grid.experts, mesh_dim_names=EXPERT_AXES)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this rank reads, of `layout.data`."""
+        _, replica, shard, _ = self.grid.dense_place(self.rank)
+        return replica * self.grid.dense[2] + shard
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Sum each tensor over all ranks, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        seen = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        return bool(seen)
+
+    def first_true(self, flag: bool) -> int | None:
+        """The lowest rank whose flag is set, None if none is."""
+        seen = torch.tensor(self.rank if flag else self.size, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(seen, dist.ReduceOp.MIN)
+        return int(seen) if int(seen) < self.size else None
+
+    def wait_for_all(self) -> None:
+        """Go on when every rank has come this far."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """What is inside runs on rank 0, then on the others, which find what it made."""
+        if not self.leads:
+            self.wait_for_all()
+        try:
+            yield
+        finally:
+            if self.leads:
+                self.wait_for_all()
+
+    def squared_norm(self, dense: Sequence[Tensor], routed: Sequence[Tensor]) -> Tensor:
+        """Sum of squares of a tensor list that is spread over ranks as parameters are: float32 scalar, on all ranks.
+
+        Replicas hold the same numbers, so each gives its share of the sum.
+        """
+        total = _sum_of_squares(dense, self.device) / self.grid.dense[1]
+        total += _sum_of_squares(routed, self.device) / self.grid.experts[1]
+        self.add_up(total)
+        return total
+
+
+def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if not filled:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(filled)).float().square().sum()
+
+
+@contextmanager
+def joined(layout: ParallelConfig, model: ModelConfig, device: torch.device) -> Iterator[World]:
+    """The world of a run that torchrun started; alone, nothing is joined. Raises ConfigError for a layout that does
+    not fit. Leaves the others on the way out."""
+    processes = started_processes()
+    require_supported(layout, model, processes)
+    if processes == 1:
+        yield World(layout, device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        raise ConfigError("this process is part of a process group already")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        world = World(layout, device)
+        if world.leads:
+            logger.info("layout %s: %s", layout, description(layout, model))
+        yield world
+    finally:
+        dist.destroy_process_group()
