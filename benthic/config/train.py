@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from benthic.config.data import DataConfig
 from benthic.config.manifest import Group
 from benthic.config.model import ModelConfig, Positive
+from benthic.config.parallel import ParallelConfig
 from benthic.config.settings import Settings, read_text
 from benthic.config.yaml_text import read_yaml
 from benthic.errors import ConfigError
@@ -213,6 +214,7 @@ class TrainConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: PrecisionConfig = PrecisionConfig()
     logging: LoggingConfig = LoggingConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @field_validator("model", mode="before")
     @classmethod

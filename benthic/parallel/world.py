@@ -4,6 +4,7 @@ meshes nor collectives, and every method hands back what it was given."""
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from benthic.log import logger
 from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, Grid, description, grid, require_supported
 
 TIMEOUT = datetime.timedelta(minutes=5)
-"""How long a rank waits for one that is silent. The first batch of a large corpus and the slowest save fit into it."""
+"""How long a collective of an update waits for a rank that is alive and silent; a dead one is noticed at once."""
+PATIENCE = datetime.timedelta(hours=2)
+"""The same between updates, where one rank may tokenise a corpus or write a model while the others wait."""
 
 
 def started_processes() -> int:
@@ -37,8 +40,11 @@ class World:
         self.grid: Grid = grid(layout)
         self.dense: DeviceMesh | None = None
         self.experts: DeviceMesh | None = None
+        self.control: dist.ProcessGroup | None = None
         if self.size > 1:
             self.rank = dist.get_rank()
+            # Words between hosts go through their network, so that no GPU is waited for.
+            self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
             self.dense = init_device_mesh(device.type, self.grid.dense, mesh_dim_names=DENSE_AXES)
             self.experts = init_device_mesh(device.type, self.grid.experts, mesh_dim_names=EXPERT_AXES)
 
@@ -63,21 +69,21 @@ class World:
         """Whether the flag is set on any rank."""
         if self.size == 1:
             return flag
-        seen = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        seen = torch.tensor(int(flag))
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
         return bool(seen)
 
     def first_true(self, flag: bool) -> int | None:
         """The lowest rank whose flag is set, None if none is."""
-        seen = torch.tensor(self.rank if flag else self.size, device=self.device)
+        seen = torch.tensor(self.rank if flag else self.size)
         if self.size > 1:
-            dist.all_reduce(seen, dist.ReduceOp.MIN)
+            dist.all_reduce(seen, dist.ReduceOp.MIN, group=self.control)
         return int(seen) if int(seen) < self.size else None
 
     def wait_for_all(self) -> None:
-        """Go on when every rank has come this far."""
+        """Go on when every rank has come this far. What torch raises otherwise names the ranks that have not."""
         if self.size > 1:
-            dist.barrier()
+            dist.monitored_barrier(self.control, timeout=PATIENCE, wait_all_ranks=True)
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -108,6 +114,10 @@ def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(filled)).float().square().sum()
 
 
+ALONE = World(ParallelConfig(), torch.device("cpu"))
+"""One process, on whatever device."""
+
+
 @contextmanager
 def joined(layout: ParallelConfig, model: ModelConfig, device: torch.device) -> Iterator[World]:
     """The world of a run that torchrun started; alone, nothing is joined. Raises ConfigError for a layout that does
@@ -122,10 +132,13 @@ def joined(layout: ParallelConfig, model: ModelConfig, device: torch.device) -> 
     if dist.is_initialized():
         raise ConfigError("this process is part of a process group already")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    level = logger.level
     try:
         world = World(layout, device)
-        if world.leads:
-            logger.info("layout %s: %s", layout, description(layout, model))
+        if not world.leads:
+            logger.setLevel(logging.WARNING)
+        logger.info("layout %s: %s", layout, description(layout, model))
         yield world
     finally:
+        logger.setLevel(level)
         dist.destroy_process_group()

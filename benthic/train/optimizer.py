@@ -10,11 +10,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from benthic.config.manifest import parameters
 from benthic.config.train import OptimizerConfig
 from benthic.errors import CheckpointError
 from benthic.model.language_model import LanguageModel
+from benthic.parallel.placement import local
+from benthic.parallel.world import ALONE, World
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
 
@@ -22,11 +25,14 @@ FIRST, SECOND = "exp_avg", "exp_avg_sq"
 class Optimizer:
     """The masters of a model, their gradients and moments. `masters` maps parameter names to float32 tensors."""
 
-    def __init__(self, model: LanguageModel, config: OptimizerConfig) -> None:
+    def __init__(self, model: LanguageModel, config: OptimizerConfig, world: World = ALONE) -> None:
         self.config = config
+        self._world = world
         self._parameters = dict(model.named_parameters())
         self.masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
-        groups = {row.name: row.group for row in parameters(model.config)}
+        rows = {row.name: row for row in parameters(model.config)}
+        self._routed = {name for name in self.masters if rows[name].part == "routed" and world.layout.expert > 1}
+        groups = {name: row.group for name, row in rows.items()}
         decayed = [master for name, master in self.masters.items() if groups[name] in config.decayed_groups]
         others = [master for name, master in self.masters.items() if groups[name] not in config.decayed_groups]
         settings = [
@@ -43,11 +49,20 @@ class Optimizer:
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the update before."""
-        for master in self.masters.values():
-            master.grad = None
+        for name, master in self.masters.items():
+            self._parameters[name].grad = master.grad = None
 
     def gradient_norm(self) -> Tensor:
-        """The joint norm of all gradients, a scalar."""
+        """The joint norm of all gradients, on all ranks, a scalar."""
+        if self._world.size > 1:
+            for name, master in self.masters.items():
+                gradient = self._parameters[name].grad
+                master.grad = None if gradient is None else local(gradient)
+            routed = [one.grad for name, one in self.masters.items() if name in self._routed and one.grad is not None]
+            dense = [
+                one.grad for name, one in self.masters.items() if name not in self._routed and one.grad is not None
+            ]
+            return self._world.squared_norm(dense, routed).sqrt()
         return torch.nn.utils.get_total_norm(
             [master.grad for master in self.masters.values() if master.grad is not None]
         )
@@ -74,7 +89,7 @@ class Optimizer:
     def _publish(self) -> None:
         for name, master in self.masters.items():
             parameter = self._parameters[name]
-            if parameter is not master:
+            if parameter is not master and not isinstance(parameter, DTensor):
                 parameter.copy_(master)
 
     def moments(self) -> dict[str, Tensor]:
@@ -125,6 +140,9 @@ def _refuse_other_shape(
 
 
 def _master(parameter: torch.nn.Parameter) -> Tensor:
+    if isinstance(parameter, DTensor):
+        # FSDP keeps the masters itself and gathers them in the compute type: this rank's block is updated in place.
+        return parameter.detach().to_local()
     if parameter.dtype == torch.float32:
         return parameter
     master = parameter.detach().float()

@@ -14,6 +14,8 @@ from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
 from benthic.model.room import available_bytes
+from benthic.parallel.world import joined, started_processes
+from benthic.train.distributed import check_batches, entered, own_device
 from benthic.train.export import Facts, export
 from benthic.train.fit import require_room
 from benthic.train.folder import RunFolder
@@ -44,12 +46,20 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
     loss or gradient that is not finite, CapacityError for a full disk.
     """
     config = resolved(config)
-    _check_room(config)
-    with RunFolder.open(Path(folder), config, resume) as place, stop_requests() as stop:
-        trainer = Trainer(config, place)
+    if config.parallel.world > 1 or started_processes() > 1:
+        check_batches(config)
+    else:
+        _check_room(config)
+    with (
+        joined(config.parallel, config.model, own_device(config.device)) as world,
+        entered(Path(folder), config, resume, world) as place,
+        stop_requests() as stop,
+    ):
+        trainer = Trainer(config, place, world)
         if resume:
             trainer.restore()
-            place.write_config(config)
+            if world.leads:
+                place.write_config(config)
         began = time.monotonic()
         finished = _train(trainer, stop)
         seconds = time.monotonic() - began
@@ -114,16 +124,18 @@ def _train(trainer: Trainer, stop: StopRequest) -> bool:
     with shown(config.steps, trainer.step) as display:
         trainer.announce(display)
         trainer.meter.start()
-        while trainer.step < config.steps and not stop.received:
+        world = trainer.world
+        while trainer.step < config.steps and not world.agree(bool(stop.received)):
             trainer.make_update(display)
             paused = trainer.meter.pause()
             _between_updates(trainer, display)
             trainer.meter.unpause(paused)
-        if not stop.received:
+        if not world.agree(bool(stop.received)):
             _finish(trainer, display)
             return True
         if trainer.saved != trainer.step:
             trainer.save()
+        stop.received = stop.received or signal.SIGTERM  # it came to another rank
         display.note(f"{stop.received.name}: saved step {trainer.step}; continue with --resume")
         return False
 
@@ -150,5 +162,7 @@ def _finish(trainer: Trainer, display: Lines) -> None:
         tokens=trainer.tokens,
         validation={name: value for name, value in trainer.validation.items() if name not in ("step", "tokens")},
     )
-    export(trainer.finished_weights(), trainer.config, trainer.tokenizer, trainer.folder.model, facts)
+    if trainer.world.leads:
+        export(trainer.finished_weights(), trainer.config, trainer.tokenizer, trainer.folder.model, facts)
+    trainer.world.wait_for_all()
     display.note(f"model written to {trainer.folder.model}")

@@ -16,6 +16,8 @@ from benthic.data import Batch
 from benthic.errors import NumericsError
 from benthic.files import write_atomic
 from benthic.model.language_model import LanguageModel
+from benthic.parallel.placement import forget_gathered, gather_at_last_micro_batch
+from benthic.parallel.world import ALONE, World
 from benthic.train.balance import move_biases, scaled_speed
 from benthic.train.disk import publish_folder, write_tensors
 from benthic.train.loss import IGNORED, Losses, Scale, labels, losses
@@ -50,54 +52,74 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def update(
-    model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig, failures: Path
+    model: LanguageModel,
+    optimizer: Optimizer,
+    batch: Batch,
+    place: Place,
+    config: TrainConfig,
+    failures: Path,
+    world: World = ALONE,
 ) -> Update:
-    """One update of `model` on `batch` ([B, S + 1] tokens on the model's device).
+    """One update of `model` on `batch` ([B, S + 1] tokens on the model's device), this rank's share of the whole.
 
     Raises NumericsError before anything has changed when the loss or the gradient is not finite, and leaves the batch
     under `failures`.
     """
     masked = config.data.mask_documents
-    scale = Scale(int((labels(batch, 0, masked) != IGNORED).sum()), len(batch.tokens))
+    valid = (labels(batch, 0, masked) != IGNORED).sum()
+    world.add_up(valid)
+    scale = Scale(int(valid), len(batch.tokens) * config.parallel.data)
     weight = value(config.prediction.weight, place)
     optimizer.zero_gradients()
+    forget_gathered(model)
     parts: list[Losses] = []
-    for micro in micro_batches(batch, config.batch.micro_sequences):
+    whole = len(batch.tokens) // config.batch.micro_sequences
+    for number, micro in enumerate(micro_batches(batch, config.batch.micro_sequences), start=1):
+        gather_at_last_micro_batch(model, number == whole, world)
         part = losses(model, micro, scale, masked, weight, config.balance)
         part.total.backward()
         part.total = part.total.detach()
         parts.append(part)
     norm = optimizer.gradient_norm()
-    result = _summed(parts, float(norm), place, scale, value(config.optimizer.learning_rate, place))
-    if not (math.isfinite(result.gradient_norm) and math.isfinite(float(sum(part.total for part in parts)))):
-        raise _not_finite(result, parts, optimizer, batch, failures)
+    result = _summed(parts, float(norm), place, scale, value(config.optimizer.learning_rate, place), world)
+    seen = (result.gradient_norm, result.loss, result.prediction_loss, result.balance_loss)
+    if not all(map(math.isfinite, seen)):
+        raise _not_finite(result, parts, optimizer, batch, failures, world)
     optimizer.step(result.learning_rate, norm)
-    balance, tokens = config.balance, batch.tokens[:, 1:].numel()
+    balance, tokens = config.balance, batch.tokens[:, 1:].numel() * config.parallel.data
     speed = scaled_speed(value(balance.speed, place), tokens, balance.reference_tokens)
     move_biases(routing_biases(model), result.loads, balance, speed)
     return result
 
 
-def _summed(parts: list[Losses], norm: float, place: Place, scale: Scale, learning_rate: float) -> Update:
+def _summed(parts: list[Losses], norm: float, place: Place, scale: Scale, learning_rate: float, world: World) -> Update:
+    sums = torch.stack([torch.stack((part.main, part.prediction, part.balance)) for part in parts]).sum(0)
+    loads = {layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads}
+    world.add_up(sums, *loads.values())
+    main, prediction, balance = sums.tolist()
     return Update(
         step=place.step,
         tokens=scale.valid_tokens,
         learning_rate=learning_rate,
-        loss=float(sum(part.main for part in parts)),
-        prediction_loss=float(sum(part.prediction for part in parts)),
-        balance_loss=float(sum(part.balance for part in parts)),
+        loss=main,
+        prediction_loss=prediction,
+        balance_loss=balance,
         gradient_norm=norm,
-        loads={layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads},
+        loads=loads,
     )
 
 
 def _not_finite(
-    result: Update, parts: list[Losses], optimizer: Optimizer, batch: Batch, failures: Path
+    result: Update, parts: list[Losses], optimizer: Optimizer, batch: Batch, failures: Path, world: World
 ) -> NumericsError:
     bad_parameters = optimizer.bad_gradients()
     bad_parts = [index for index, part in enumerate(parts) if not part.total.isfinite()]
+    # A bad loss names the rank it came from; a bad gradient has reached others by the time it is seen.
+    culprit = world.first_true(bool(bad_parts))
+    culprit = world.first_true(bool(bad_parameters)) if culprit is None else culprit
     facts = {
         "step": result.step,
+        "rank": world.rank,
         "learning_rate": result.learning_rate,
         "loss": str(result.loss),
         "mtp_loss": str(result.prediction_loss),
@@ -112,8 +134,13 @@ def _not_finite(
         write_tensors(partial / "batch.safetensors", {"tokens": batch.tokens, "documents": batch.documents})
         write_atomic(partial / "report.json", json.dumps(facts, indent=2) + "\n")
 
-    publish_folder(folder, "the batch that failed", fill)
+    if culprit == world.rank:
+        publish_folder(folder, "the batch that failed", fill)
     where = f"loss of micro-batch {bad_parts[0]}" if bad_parts else f"gradient of {', '.join(bad_parameters[:2])}"
+    if culprit != world.rank:
+        where = "loss or gradient"
+    if world.size > 1:
+        where += f" on rank {culprit}"
     return NumericsError(
         f"update {result.step} stopped before changing any weight: {where} is not finite "
         f"(loss {result.loss:.4g}, gradient norm {result.gradient_norm:.4g})",

@@ -17,6 +17,8 @@ from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
+from benthic.parallel.placement import forget_gathered, parts, spread
+from benthic.parallel.world import ALONE, World
 from benthic.train.ema import Average
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
@@ -26,43 +28,59 @@ from benthic.train.optimizer import Optimizer
 from benthic.train.progress import Lines
 from benthic.train.sample import complete
 from benthic.train.schedule import Place, sequences_at
-from benthic.train.state import Progress, State, complete_states, read_state, save_state
+from benthic.train.sharded_state import ShardedStates, StoredTensors, is_sharded
+from benthic.train.state import Progress, State, complete_states, read_state, save_state, state_folder
 from benthic.train.step import routing_biases, update
 
 
 class Trainer:
     """Data, model, optimiser and average of one run, `step` updates old."""
 
-    def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
+    def __init__(self, config: TrainConfig, folder: RunFolder, world: World = ALONE) -> None:
         self.config = config
         self.folder = folder
-        self.device = torch.device(config.device)
-        self.corpus = prepare(config.data, folder.data)
+        self.world = world
+        self.device = torch.device(config.device) if world.size == 1 else world.device
+        with world.leader_first():
+            self.corpus = prepare(config.data, folder.data)
         self.tokenizer = self.corpus.tokenizer
-        self.loader = Loader(self.corpus.train, config.data.sequence_length, config.data.seed)
+        length, shares = config.data.sequence_length, config.parallel.data
+        self.loader = Loader(self.corpus.train, length, config.data.seed, world.data_rank, shares)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, but model.vocab_size is "
                 f"{config.model.vocab_size}"
             )
-        dtype = torch.bfloat16 if config.precision.compute == "bfloat16" else torch.float32
-        self.model = LanguageModel(config.model, self.device, dtype)
+        self.model = self._model()
         torch.manual_seed(config.seed)
         if not complete_states(folder.checkpoints):
             self._first_weights()
-        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.optimizer = Optimizer(self.model, config.optimizer, world)
         decay = config.optimizer.ema_decay
         self.average = None if decay is None else Average(self.weights(), decay)
-        self.meter = Meter(config.model, config.data.sequence_length, self.device, config.precision.compute)
+        self.meter = Meter(config.model, config.data.sequence_length, self.device, config.precision.compute, world.size)
+        self._states = ShardedStates(config.model, world)
         self.step = self.tokens = 0
         self.saved: int | None = None
         self.best: dict[str, Any] = {}
         self.validation: dict[str, Any] = {}
 
+    def _model(self) -> LanguageModel:
+        """Allocated: whole where this process is alone, this rank's part otherwise."""
+        if self.world.size == 1:
+            return LanguageModel(self.config.model, self.device, self._compute)
+        model = LanguageModel(self.config.model, "meta", torch.float32)
+        spread(model, self.config.model, self.world, self._compute)
+        return model.to_empty(device=self.device)
+
+    @property
+    def _compute(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.precision.compute == "bfloat16" else torch.float32
+
     def _first_weights(self) -> None:
         """Those of another model's folder, or random ones."""
         if self.config.start_from is None:
-            initialise(self.model, self.config.seed)
+            initialise(self.model, self.config.seed, parts(self.config.model, self.world))
             return
         checkpoint = open_checkpoint(self.config.start_from)
         _refuse_other_mathematics(checkpoint.config, self.config.model, self.config.start_from)
@@ -80,9 +98,13 @@ class Trainer:
         return routing_biases(self.model)
 
     def finished_weights(self) -> Mapping[str, Tensor]:
-        """What the model folder holds: the last weights, or their average where the config says so."""
-        average = self.average
-        return average.tensors if average is not None and self.config.checkpoint.export_average else self.weights()
+        """What the model folder holds: the last weights, or their average where the config says so. Of a model that
+        is spread over ranks they are those last saved."""
+        averaged = self.average is not None and self.config.checkpoint.export_average
+        if self.world.size > 1:
+            folder = state_folder(self.folder.checkpoints, self.step)
+            return StoredTensors(folder / ("average" if averaged else "weights"))
+        return self.average.tensors if self.average is not None and averaged else self.weights()
 
     def announce(self, display: Lines) -> None:
         """Say what is about to train on what."""
@@ -94,11 +116,12 @@ class Trainer:
     def make_update(self, display: Lines) -> None:
         """One update, counted, shown and, on its turn, logged."""
         place = Place(self.step + 1, self.tokens, self.config.steps)
-        sequences = sequences_at(self.config.batch.sequences, self.config.batch.micro_sequences, place)
-        batch = _on(self.loader.next_batch(sequences), self.device)
-        done = update(self.model, self.optimizer, batch, place, self.config, self.folder.failures)
+        shares = self.config.parallel.data
+        sequences = sequences_at(self.config.batch.sequences, self.config.batch.micro_sequences * shares, place)
+        batch = _on(self.loader.next_batch(sequences // shares), self.device)
+        done = update(self.model, self.optimizer, batch, place, self.config, self.folder.failures, self.world)
         self.step = done.step
-        self.tokens += batch.tokens[:, 1:].numel()
+        self.tokens += batch.tokens[:, 1:].numel() * shares
         if self.average is not None:
             self.average.update(self.weights(), self.step)
         self.meter.count(done)
@@ -106,9 +129,9 @@ class Trainer:
         logging, last = self.config.logging, self.step == self.config.steps
         if self.step % logging.every == 0 or self.step == 1 or last:
             row = self.meter.row(done, self.tokens)
-            self.folder.append("metrics.jsonl", row)
+            self._append("metrics.jsonl", row)
             display.row(row)
-        if done.loads and (self.step % logging.routing_every == 0 or last):
+        if self.world.leads and done.loads and (self.step % logging.routing_every == 0 or last):
             write_loads(self.folder.routing, done)
 
     def validate(self, display: Lines, max_tokens: int | None) -> None:
@@ -131,7 +154,7 @@ class Trainer:
             with self.average.installed(self.model):
                 averaged = self._validation(max_tokens)
             row |= {"ema_val_loss": averaged.loss, "ema_bits_per_byte": averaged.bits_per_byte}
-        self.folder.append("metrics.jsonl", row)
+        self._append("metrics.jsonl", row)
         self.validation = row
         if found.loss < self.best.get("val_loss", float("inf")):
             self.best = {"step": self.step, "val_loss": found.loss}
@@ -151,15 +174,22 @@ class Trainer:
         )
         on_device = (_on(batch, self.device) for batch in batches)
         token_bytes = self.corpus.token_bytes.to(self.device)
-        return validate(self.model, on_device, token_bytes, config.data.mask_documents)
+        return validate(self.model, on_device, token_bytes, config.data.mask_documents, self.world)
 
     def sample(self, display: Lines) -> None:
         """Complete the config's prompts."""
         sampling = self.config.sampling
         for prompt in sampling.prompts:
-            text = complete(self.model, self.tokenizer, prompt, sampling.max_tokens, sampling.temperature)
-            self.folder.append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
+            text = complete(
+                self.model, self.tokenizer, prompt, sampling.max_tokens, sampling.temperature, self._compute
+            )
+            self._append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
             display.note(f"sample at step {self.step}:\n{prompt}{text}")
+        forget_gathered(self.model)
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if self.world.leads:
+            self.folder.append(name, row)
 
     def save(self) -> None:
         """Write the training state, keep the newest ones."""
@@ -173,15 +203,22 @@ class Trainer:
             corpus=self.corpus.manifest.key,
         )
         state = State(progress, self.weights(), self.optimizer.moments(), average)
-        save_state(self.folder.checkpoints, state, self.config.checkpoint.keep)
+        if self.world.size == 1:
+            save_state(self.folder.checkpoints, state, self.config.checkpoint.keep)
+        else:
+            self._states.save(self.folder.checkpoints, state, self.config.checkpoint.keep)
         self.saved = self.step
 
     def restore(self) -> None:
         """Continue from the newest saved state; from the start when the run was stopped before its first."""
         states = complete_states(self.folder.checkpoints)
         if states:
-            self._take_over(read_state(states[-1], self.device))
-        self.folder.rewind(self.step)
+            alone = self.world.size == 1 and not is_sharded(states[-1])
+            self._take_over(
+                read_state(states[-1], self.device) if alone else self._states.read(states[-1], self.device)
+            )
+        if self.world.leads:
+            self.folder.rewind(self.step)
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
 
     @torch.no_grad()
