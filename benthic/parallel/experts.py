@@ -14,12 +14,14 @@ from benthic.parallel.exchange import Journey, agree_on_splits, exchanged
 
 
 class ExchangedExpertLayer(nn.Module):
-    """`layer` (router `gate`, routed `experts`, `shared_experts` or None) over the ranks of `group`, each with its
-    E / ranks consecutive experts."""
+    """Router `gate` and `shared_experts` as on one process, and of the routed `experts` this rank's E / ranks
+    consecutive ones; the other ranks of `group` hold the rest."""
 
-    def __init__(self, layer: nn.Module, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, gate: nn.Module, experts: nn.Module, shared_experts: nn.Module | None, group: dist.ProcessGroup
+    ) -> None:
         super().__init__()
-        self.gate, self.experts, self.shared_experts = layer.gate, layer.experts, layer.shared_experts
+        self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
         self._group = group
 
     def forward(

@@ -6,7 +6,7 @@ of FSDP2 each: float32 masters split over ranks, gathered for use in the compute
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -58,16 +58,20 @@ def spread(model: nn.Module, config: ModelConfig, world: World, compute: torch.d
     keeps = world.layout.zero < 3
     dense = _data_mesh(world.dense, "replicate", "shard")
     for path in expert_layers(config) if world.layout.expert > 1 else ():
-        layer = model.get_submodule(path)
-        _cut_experts(layer.experts, world)
+        parts = dict(model.get_submodule(path).named_children())
+        experts = parts["experts"]
+        _cut_experts(experts, world)
         owner, _, name = path.rpartition(".")
-        setattr(model.get_submodule(owner), name, ExchangedExpertLayer(layer, world.experts["expert"].get_group()))
-        _shard(layer.experts, _data_mesh(world.experts, "expert_replicate", "expert_shard"), policy, keeps, world)
+        group = world.experts["expert"].get_group()
+        exchanged = ExchangedExpertLayer(parts["gate"], experts, parts.get("shared_experts"), group)
+        setattr(model.get_submodule(owner), name, exchanged)
+        copies = _data_mesh(world.experts, "expert_replicate", "expert_shard")
+        _shard(experts, copies, policy, keeps, _shard_experts(world.grid.experts[2]))
     for layer in sorted({row.layer for row in parameters(config) if row.layer is not None}):
-        _shard(model.get_submodule(f"model.layers.{layer}"), dense, policy, keeps, world)
+        _shard(model.get_submodule(f"model.layers.{layer}"), dense, policy, keeps)
     # Outside the layers: embedding, last norm, head. The head is read by the loss, after the forward pass, so these
     # stay gathered until backward has ended.
-    _shard(model, dense, policy, True, world)
+    _shard(model, dense, policy, True)
     register_fsdp_forward_method(model, "states")
 
 
@@ -91,19 +95,22 @@ def _cut_experts(experts: nn.Module, world: World) -> None:
         setattr(experts.get_submodule(owner), leaf, nn.Parameter(mine))
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, keeps: bool, world: World) -> None:
-    shards = world.grid.experts[2]
-
-    def dimension(parameter: nn.Parameter) -> Shard:
-        return Shard(shard_dimension(tuple(parameter.shape), shards))
-
-    exchanged = world.layout.expert > 1
-    place = dimension if exchanged and mesh.mesh_dim_names[-1] == "expert_shard" else None
+def _shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    keeps: bool,
+    place: Callable[[nn.Parameter], Shard] | None = None,
+) -> None:
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not keeps, shard_placement_fn=place)
     if isinstance(module, FSDPModule):
         # The loss is divided by whole-update counts already: gradients are summed, not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_experts(shards: int) -> Callable[[nn.Parameter], Shard]:
+    return lambda stack: Shard(shard_dimension(tuple(stack.shape), shards))
 
 
 def shard_dimension(shape: tuple[int, ...], shards: int) -> int:
@@ -170,8 +177,3 @@ def forget_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def named_blocks(model: nn.Module) -> Mapping[str, Tensor]:
-    """This rank's blocks of parameters, by published name; writing into them changes the model."""
-    return {name: local(parameter.detach()) for name, parameter in model.named_parameters()}

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ class World:
         if self.size > 1:
             self.rank = dist.get_rank()
             # Words between hosts go through their network, so that no GPU is waited for.
-            self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self.control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
             self.dense = init_device_mesh(device.type, self.grid.dense, mesh_dim_names=DENSE_AXES)
             self.experts = init_device_mesh(device.type, self.grid.experts, mesh_dim_names=EXPERT_AXES)
 

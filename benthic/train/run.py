@@ -18,7 +18,6 @@ from benthic.parallel.world import joined, started_processes
 from benthic.train.distributed import check_batches, entered, own_device
 from benthic.train.export import Facts, export
 from benthic.train.fit import require_room
-from benthic.train.folder import RunFolder
 from benthic.train.progress import Lines, shown
 from benthic.train.signals import StopRequest, stop_requests
 from benthic.train.trainer import Trainer

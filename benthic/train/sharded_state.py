@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from benthic.config.manifest import Parameter, parameters
 from benthic.config.model import ModelConfig
@@ -138,7 +139,8 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self._reader = HuggingFaceStorageReader(str(folder))
-        self._facts = self._reader.read_metadata().state_dict_metadata
+        found = self._reader.read_metadata().state_dict_metadata
+        self._facts = {name: facts for name, facts in found.items() if isinstance(facts, TensorStorageMetadata)}
         self._last: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
