@@ -52,23 +52,28 @@ class LatentAttention(nn.Module):
         self, hidden: Float[Tensor, "batch positions width"], span: Span
     ) -> Float[Tensor, "batch positions width"]:
         """Expands keys and values when no token came before, else works on the latents."""
-        query, turning = self._queries(hidden).split_with_sizes((self.key_width, self.rotary_width), -1)
+        query = self._queries(hidden)
         latent, key = self.kv_a_proj_with_mqa(hidden).split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
+        if span.cache is not None:
+            if span.cache.length:
+                return self._continue(query, latent, key, span, span.cache)
+            turned = ops.rotary(key[:, :, None], span.rotations, self.interleaved)
+            span.cache.write(self.layer, torch.cat((latent, turned[:, :, 0]), -1))
+        expanded = self.kv_b_proj(latent).view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + V]
+        query, key, value = ops.latent_heads(query, expanded, key, span.rotations, self.interleaved)
+        out = ops.attention(query, key, value, self.scale, span.mask)
+        return self.o_proj(out.flatten(2))
+
+    def _continue(self, query: Tensor, latent: Tensor, key: Tensor, span: Span, cache: Cache) -> Tensor:
+        """Attention of tokens that follow cached ones."""
+        query, turning = query.split_with_sizes((self.key_width, self.rotary_width), -1)
         # Queries' and keys' rotary channels turn together: half as many small operations.
         turned = ops.rotary(torch.cat((turning, key[:, :, None]), 2), span.rotations, self.interleaved)
         rotary_query, rotary_key = turned.split_with_sizes((self.heads, 1), 2)  # [B, S, H, R], [B, S, 1, R]
-        if span.cache is not None:
-            latents = span.cache.write(self.layer, torch.cat((latent, rotary_key[:, :, 0]), -1))
-            if span.cache.length:
-                expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
-                out = ops.absorbed_attention(query, rotary_query, latents, expansion, self.scale, span.mask)
-                return self.o_proj(out.flatten(2))
-        expanded = self.kv_b_proj(latent).view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + V]
-        key, value = expanded.split_with_sizes((self.key_width, self.value_width), -1)
-        query = torch.cat((query, rotary_query), -1)
-        key = torch.cat((key, rotary_key.expand(-1, -1, self.heads, -1)), -1)  # [B, S, H, N + R]
-        out = ops.attention(query, key, value, self.scale, span.mask)
+        latents = cache.write(self.layer, torch.cat((latent, rotary_key[:, :, 0]), -1))
+        expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
+        out = ops.absorbed_attention(query, rotary_query, latents, expansion, self.scale, span.mask)
         return self.o_proj(out.flatten(2))
 
     def _queries(self, hidden: Tensor) -> Tensor:

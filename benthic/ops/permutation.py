@@ -72,7 +72,8 @@ class _SumChoices(torch.autograd.Function):
 
 
 def _implementation(x: Tensor) -> ModuleType:
-    """One pass of a kernel on a GPU; on a processor torch's own indexing is that pass."""
-    from benthic.numerics.reference import permutation
-
+    if x.is_cuda:
+        from benthic.kernels import permutation
+    else:
+        from benthic.numerics.reference import permutation
     return permutation

@@ -47,6 +47,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def block(parameter: nn.Parameter) -> Tensor:
+    """This rank's block of a parameter, to be written to in place; a plain parameter is its own."""
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def spread(model: nn.Module, config: ModelConfig, world: World, compute: torch.dtype) -> None:
     """Cut `model` (on the meta device or a real one, float32) to this rank's part, in place; one process: nothing.
 
@@ -165,7 +170,7 @@ def as_distributed(row: Parameter, block: Tensor, world: World) -> Tensor:
     return DTensor.from_local(block, mesh, placements, run_check=False, shape=torch.Size(row.shape), stride=stride)
 
 
-def gather_at_last_micro_batch(model: nn.Module, is_last: bool, world: World) -> None:
+def sum_gradients(model: nn.Module, is_last: bool, world: World) -> None:
     """Before a micro-batch's backward: whether gradients are summed over ranks now. ZeRO 0 and 1 keep whole gradients
     and sum them once an update; 2 and 3 split them, so they are summed each time."""
     if isinstance(model, FSDPModule) and world.layout.zero < 2:

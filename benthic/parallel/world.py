@@ -6,7 +6,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -97,22 +97,23 @@ class World:
             if self.leads:
                 self.wait_for_all()
 
-    def squared_norm(self, dense: Sequence[Tensor], routed: Sequence[Tensor]) -> Tensor:
-        """Sum of squares of a tensor list that is spread over ranks as parameters are: float32 scalar, on all ranks.
-
-        Replicas hold the same numbers, so each gives its share of the sum.
-        """
-        total = _sum_of_squares(dense, self.device) / self.grid.dense[1]
-        total += _sum_of_squares(routed, self.device) / self.grid.experts[1]
+    def joint_norm(self, dense: Tensor | None, routed: Tensor | None) -> Tensor:
+        """The norm, on all ranks, of what is spread over them as parameters are, from each rank's norms of its blocks
+        (None for no block): float32 scalar. Replicas hold the same numbers, so each gives its share."""
+        total = torch.zeros((), device=self.device)
+        for norm, copies in ((dense, self.grid.dense[1]), (routed, self.grid.experts[1])):
+            if norm is not None:
+                total += norm.square() / copies
         self.add_up(total)
-        return total
+        return total.sqrt()
 
-
-def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    filled = [tensor for tensor in tensors if tensor.numel()]
-    if not filled:
-        return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(filled)).float().square().sum()
+    def total(self, number: int) -> int:
+        """The sum of a number of each rank; no GPU is waited for."""
+        if self.size == 1:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.control)
+        return int(total)
 
 
 ALONE = World(ParallelConfig(), torch.device("cpu"))

@@ -28,8 +28,8 @@ from benthic.config.model import ModelConfig
 from benthic.errors import BenthicError, CheckpointError, RunError
 from benthic.parallel.placement import as_distributed, part
 from benthic.parallel.world import World
+from benthic.train.adamw import FIRST, SECOND
 from benthic.train.disk import explained, partial_name, publish_folder
-from benthic.train.optimizer import FIRST, SECOND
 from benthic.train.state import State, keep_newest, read_numbers, state_folder, write_numbers
 
 

@@ -1,9 +1,12 @@
-"""One update: micro-batches, loss, backward, clip, the parameters, then the routing biases."""
+"""One update: micro-batches, loss, backward, clip, the parameters, then the routing biases.
+
+A GPU gets the whole update without the host waiting for any of it. What the update depends on (is everything finite,
+how much to clip) is decided on the device, and the few numbers of the record come to the host together, at the end.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from benthic.data import Batch
 from benthic.errors import NumericsError
 from benthic.files import write_atomic
 from benthic.model.language_model import LanguageModel
-from benthic.parallel.placement import forget_gathered, gather_at_last_micro_batch
+from benthic.parallel.placement import forget_gathered, sum_gradients
 from benthic.parallel.world import ALONE, World
 from benthic.train.balance import move_biases, scaled_speed
 from benthic.train.disk import publish_folder, write_tensors
@@ -51,62 +54,95 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
         yield Batch(batch.tokens[start : start + size], batch.documents[start : start + size])
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """An update that a GPU may still be working on. `batch` is the host's."""
+
+    place: Place
+    scale: Scale
+    learning_rate: float
+    parts: list[Losses]
+    numbers: Tensor
+    loads: dict[int, Tensor]
+    batch: Batch
+
+
 def update(
+    model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig, failures: Path
+) -> Update:
+    """One update of `model` on `batch` ([B, S + 1] tokens), launched and awaited."""
+    return finish(launch(model, optimizer, batch, place, config), optimizer, failures)
+
+
+def launch(
     model: LanguageModel,
     optimizer: Optimizer,
     batch: Batch,
     place: Place,
     config: TrainConfig,
-    failures: Path,
     world: World = ALONE,
-) -> Update:
-    """One update of `model` on `batch` ([B, S + 1] tokens on the model's device), this rank's share of the whole.
-
-    Raises NumericsError before anything has changed when the loss or the gradient is not finite, and leaves the batch
-    under `failures`.
-    """
+) -> Launched:
+    """Enqueue an update on `batch`, which is the host's: this rank's share of the whole. One process alone does not
+    wait for its device here."""
     masked = config.data.mask_documents
-    valid = (labels(batch, 0, masked) != IGNORED).sum()
-    world.add_up(valid)
-    scale = Scale(int(valid), len(batch.tokens) * config.parallel.data)
+    ranks = config.parallel.data
+    scale = Scale(world.total(int((labels(batch, 0, masked) != IGNORED).sum())), len(batch.tokens) * ranks)
     weight = value(config.prediction.weight, place)
     optimizer.zero_gradients()
     forget_gathered(model)
     parts: list[Losses] = []
-    whole = len(batch.tokens) // config.batch.micro_sequences
-    for number, micro in enumerate(micro_batches(batch, config.batch.micro_sequences), start=1):
-        gather_at_last_micro_batch(model, number == whole, world)
+    micros = list(micro_batches(on_device(batch, model.head_weight.device), config.batch.micro_sequences))
+    for micro in micros:
+        sum_gradients(model, micro is micros[-1], world)
         part = losses(model, micro, scale, masked, weight, config.balance)
         part.total.backward()
         part.total = part.total.detach()
         parts.append(part)
     norm = optimizer.gradient_norm()
-    result = _summed(parts, float(norm), place, scale, value(config.optimizer.learning_rate, place), world)
-    seen = (result.gradient_norm, result.loss, result.prediction_loss, result.balance_loss)
-    if not all(map(math.isfinite, seen)):
-        raise _not_finite(result, parts, optimizer, batch, failures, world)
-    optimizer.step(result.learning_rate, norm)
-    balance, tokens = config.balance, batch.tokens[:, 1:].numel() * config.parallel.data
-    speed = scaled_speed(value(balance.speed, place), tokens, balance.reference_tokens)
-    move_biases(routing_biases(model), result.loads, balance, speed)
-    return result
-
-
-def _summed(parts: list[Losses], norm: float, place: Place, scale: Scale, learning_rate: float, world: World) -> Update:
-    sums = torch.stack([torch.stack((part.main, part.prediction, part.balance)) for part in parts]).sum(0)
+    recorded = [torch.stack((part.main, part.prediction, part.balance, part.total)) for part in parts]
+    sums = torch.stack(recorded).sum(0)
     loads = {layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads}
     world.add_up(sums, *loads.values())
-    main, prediction, balance = sums.tolist()
-    return Update(
-        step=place.step,
-        tokens=scale.valid_tokens,
-        learning_rate=learning_rate,
-        loss=main,
+    *seen, total = sums
+    finite = norm.isfinite() & total.isfinite()
+    learning_rate = value(config.optimizer.learning_rate, place)
+    optimizer.step(learning_rate, norm, finite)
+    balance, tokens = config.balance, batch.tokens[:, 1:].numel() * ranks
+    speed = scaled_speed(value(balance.speed, place), tokens, balance.reference_tokens)
+    # Loads of zero are even loads: where the update must not happen, no bias moves.
+    move_biases(routing_biases(model), {layer: load * finite for layer, load in loads.items()}, balance, speed)
+    numbers = torch.stack([*seen, norm, finite.float()])
+    return Launched(place, scale, learning_rate, parts, numbers, loads, batch)
+
+
+def finish(launched: Launched, optimizer: Optimizer, failures: Path, world: World = ALONE) -> Update:
+    """Wait for an update and say what it saw.
+
+    Raises NumericsError when the loss or the gradient was not finite: nothing has changed then, and the batch is left
+    under `failures`, by the rank where it was seen first.
+    """
+    loss, prediction, balance, norm, finite = launched.numbers.tolist()
+    result = Update(
+        step=launched.place.step,
+        tokens=launched.scale.valid_tokens,
+        learning_rate=launched.learning_rate,
+        loss=loss,
         prediction_loss=prediction,
         balance_loss=balance,
         gradient_norm=norm,
-        loads=loads,
+        loads=launched.loads,
     )
+    if not finite:
+        raise _not_finite(result, launched.parts, optimizer, launched.batch, failures, world)
+    return result
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` on `device`. A GPU fetches it by itself, from memory that stays where it is."""
+    if device.type != "cuda":
+        return Batch(batch.tokens.to(device), batch.documents.to(device))
+    tokens, documents = (one.pin_memory().to(device, non_blocking=True) for one in (batch.tokens, batch.documents))
+    return Batch(tokens, documents)
 
 
 def _not_finite(
@@ -115,11 +151,11 @@ def _not_finite(
     bad_parameters = optimizer.bad_gradients()
     bad_parts = [index for index, part in enumerate(parts) if not part.total.isfinite()]
     # A bad loss names the rank it came from; a bad gradient has reached others by the time it is seen.
-    culprit = world.first_true(bool(bad_parts))
-    culprit = world.first_true(bool(bad_parameters)) if culprit is None else culprit
+    seen = world.first_true(bool(bad_parts))
+    rank = world.first_true(bool(bad_parameters)) if seen is None else seen
     facts = {
         "step": result.step,
-        "rank": world.rank,
+        "rank": rank,
         "learning_rate": result.learning_rate,
         "loss": str(result.loss),
         "mtp_loss": str(result.prediction_loss),
@@ -134,13 +170,11 @@ def _not_finite(
         write_tensors(partial / "batch.safetensors", {"tokens": batch.tokens, "documents": batch.documents})
         write_atomic(partial / "report.json", json.dumps(facts, indent=2) + "\n")
 
-    if culprit == world.rank:
+    if rank == world.rank:
         publish_folder(folder, "the batch that failed", fill)
     where = f"loss of micro-batch {bad_parts[0]}" if bad_parts else f"gradient of {', '.join(bad_parameters[:2])}"
-    if culprit != world.rank:
-        where = "loss or gradient"
     if world.size > 1:
-        where += f" on rank {culprit}"
+        where = f"the {where if rank == world.rank else 'loss' if seen is not None else 'gradient'} on rank {rank}"
     return NumericsError(
         f"update {result.step} stopped before changing any weight: {where} is not finite "
         f"(loss {result.loss:.4g}, gradient norm {result.gradient_norm:.4g})",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,25 +13,27 @@ from torch import Tensor
 from benthic.checkpoint import load_into, open_checkpoint
 from benthic.config.model import ModelConfig
 from benthic.config.train import TrainConfig
-from benthic.data import Batch, Loader, prepare
+from benthic.data import Loader, prepare
 from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
 from benthic.parallel.placement import forget_gathered, parts, spread
 from benthic.parallel.world import ALONE, World
-from benthic.train.ema import Average
+from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
+from benthic.train.feed import Feed
 from benthic.train.folder import RunFolder
 from benthic.train.metrics import Meter, write_loads
 from benthic.train.optimizer import Optimizer
 from benthic.train.progress import Lines
+from benthic.train.recomputation import recompute
 from benthic.train.sample import complete
-from benthic.train.schedule import Place, sequences_at
+from benthic.train.schedule import Place
 from benthic.train.sharded_state import ShardedStates, StoredTensors, is_sharded
 from benthic.train.state import Progress, State, complete_states, read_state, save_state, state_folder
-from benthic.train.step import routing_biases, update
+from benthic.train.step import finish, launch, on_device, routing_biases
 
 
 class Trainer:
@@ -44,21 +47,25 @@ class Trainer:
         with world.leader_first():
             self.corpus = prepare(config.data, folder.data)
         self.tokenizer = self.corpus.tokenizer
-        length, shares = config.data.sequence_length, config.parallel.data
-        self.loader = Loader(self.corpus.train, length, config.data.seed, world.data_rank, shares)
+        share = world.data_rank, config.parallel.data
+        self.feed = Feed(Loader(self.corpus.train, config.data.sequence_length, config.data.seed, *share), config)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, but model.vocab_size is "
                 f"{config.model.vocab_size}"
             )
+        self._dtype = torch.float32 if config.precision.compute == "float32" else torch.bfloat16
         self.model = self._model()
         torch.manual_seed(config.seed)
         if not complete_states(folder.checkpoints):
             self._first_weights()
-        self.optimizer = Optimizer(self.model, config.optimizer, world)
-        decay = config.optimizer.ema_decay
-        self.average = None if decay is None else Average(self.weights(), decay)
-        self.meter = Meter(config.model, config.data.sequence_length, self.device, config.precision.compute, world.size)
+        recompute(self.model, config.memory.recomputation)
+        self.optimizer = Optimizer(
+            self.model, config.optimizer, config.precision.moments, config.memory.offload_optimizer, world
+        )
+        self.average = self._average()
+        compute = config.precision.compute
+        self.meter = Meter(config.model, config.data.sequence_length, self.device, compute, world.size)
         self._states = ShardedStates(config.model, world)
         self.step = self.tokens = 0
         self.saved: int | None = None
@@ -67,15 +74,17 @@ class Trainer:
 
     def _model(self) -> LanguageModel:
         """Allocated: whole where this process is alone, this rank's part otherwise."""
-        if self.world.size == 1:
-            return LanguageModel(self.config.model, self.device, self._compute)
-        model = LanguageModel(self.config.model, "meta", torch.float32)
-        spread(model, self.config.model, self.world, self._compute)
-        return model.to_empty(device=self.device)
+        alone = self.world.size == 1
+        placed = (self.device, self._dtype) if alone else (torch.device("meta"), torch.float32)
+        model = LanguageModel(self.config.model, *placed)
+        if self.config.precision.compute == "float8":
+            from benthic.model.float8 import use_float8
 
-    @property
-    def _compute(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.precision.compute == "bfloat16" else torch.float32
+            use_float8(model)
+        if alone:
+            return model
+        spread(model, self.config.model, self.world, self._dtype)
+        return model.to_empty(device=self.device)
 
     def _first_weights(self) -> None:
         """Those of another model's folder, or random ones."""
@@ -86,6 +95,16 @@ class Trainer:
         _refuse_other_mathematics(checkpoint.config, self.config.model, self.config.start_from)
         load_into(self.model, checkpoint)
         logger.info("weights of %s", self.config.start_from)
+
+    def _average(self) -> Average | None:
+        decay = self.config.optimizer.ema_decay
+        if decay is None:
+            return None
+        if not self.config.memory.offload_average:
+            return Average(self.weights(), decay)
+        average = OffloadedAverage(self.weights(), decay)
+        self.optimizer.before_step.append(average.let_go)
+        return average
 
     def weights(self) -> dict[str, Tensor]:
         """float32 masters and routing biases by name: what is saved, averaged and exported."""
@@ -116,12 +135,13 @@ class Trainer:
     def make_update(self, display: Lines) -> None:
         """One update, counted, shown and, on its turn, logged."""
         place = Place(self.step + 1, self.tokens, self.config.steps)
-        shares = self.config.parallel.data
-        sequences = sequences_at(self.config.batch.sequences, self.config.batch.micro_sequences * shares, place)
-        batch = _on(self.loader.next_batch(sequences // shares), self.device)
-        done = update(self.model, self.optimizer, batch, place, self.config, self.folder.failures, self.world)
-        self.step = done.step
-        self.tokens += batch.tokens[:, 1:].numel() * shares
+        batch = self.feed.next_batch(place)
+        launched = launch(self.model, self.optimizer, batch, place, self.config, self.world)
+        tokens = self.tokens + batch.tokens[:, 1:].numel() * self.config.parallel.data
+        # A GPU is still working on this batch.
+        self.feed.read_ahead(Place(place.step + 1, tokens, self.config.steps))
+        done = finish(launched, self.optimizer, self.folder.failures, self.world)
+        self.step, self.tokens = done.step, tokens
         if self.average is not None:
             self.average.update(self.weights(), self.step)
         self.meter.count(done)
@@ -172,17 +192,16 @@ class Trainer:
         batches = held_out(
             self.corpus.validation, config.data.sequence_length, config.evaluation.micro_sequences, max_tokens
         )
-        on_device = (_on(batch, self.device) for batch in batches)
+        placed = (on_device(batch, self.device) for batch in batches)
         token_bytes = self.corpus.token_bytes.to(self.device)
-        return validate(self.model, on_device, token_bytes, config.data.mask_documents, self.world)
+        return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world)
 
     def sample(self, display: Lines) -> None:
         """Complete the config's prompts."""
         sampling = self.config.sampling
         for prompt in sampling.prompts:
-            text = complete(
-                self.model, self.tokenizer, prompt, sampling.max_tokens, sampling.temperature, self._compute
-            )
+            limits = sampling.max_tokens, sampling.temperature
+            text = complete(self.model, self.tokenizer, prompt, *limits, self._dtype)
             self._append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
             display.note(f"sample at step {self.step}:\n{prompt}{text}")
         forget_gathered(self.model)
@@ -197,7 +216,7 @@ class Trainer:
         progress = Progress(
             step=self.step,
             tokens=self.tokens,
-            loader=self.loader.state_dict(),
+            loader=self.feed.state,
             best=self.best,
             validation=self.validation,
             corpus=self.corpus.manifest.key,
@@ -213,13 +232,15 @@ class Trainer:
         """Continue from the newest saved state; from the start when the run was stopped before its first."""
         states = complete_states(self.folder.checkpoints)
         if states:
-            alone = self.world.size == 1 and not is_sharded(states[-1])
-            self._take_over(
-                read_state(states[-1], self.device) if alone else self._states.read(states[-1], self.device)
-            )
+            # On the processor: a GPU that is full of this run has no room for its state twice.
+            self._take_over(self._saved_state(states[-1], torch.device("cpu")))
         if self.world.leads:
             self.folder.rewind(self.step)
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
+
+    def _saved_state(self, folder: Path, device: torch.device) -> State:
+        alone = self.world.size == 1 and not is_sharded(folder)
+        return read_state(folder, device) if alone else self._states.read(folder, device)
 
     @torch.no_grad()
     def _take_over(self, state: State) -> None:
@@ -237,7 +258,7 @@ class Trainer:
             )
         self.step = self.saved = progress.step
         self.tokens, self.best, self.validation = progress.tokens, progress.best, progress.validation
-        self.loader.load_state_dict(progress.loader)
+        self.feed.restore(progress.loader)
         self.optimizer.load(state.weights, state.moments, progress.step)
         for layer, bias in self.biases.items():
             bias.copy_(state.weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"])
@@ -261,7 +282,3 @@ def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: 
             f"the model in {folder} computes otherwise than this run's: {told}",
             hint=f"take model: {folder} in the config, and change its rotation and length alone",
         )
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.tokens.to(device), batch.documents.to(device))

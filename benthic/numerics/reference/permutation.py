@@ -19,9 +19,7 @@ def sort_by_expert(
     return order // experts.shape[1], places.view_as(experts), counts.cumsum(0).to(torch.int32)
 
 
-def take_rows(
-    x: Float[Tensor, "tokens width"], places: Int64[Tensor, "tokens chosen"]
-) -> Float[Tensor, "tokens*chosen width"]:
+def take_rows(x: Float[Tensor, "tokens width"], places: Int64[Tensor, "tokens chosen"]) -> Float[Tensor, "rows width"]:
     """rows[places[t, k]] = x[t]."""
     rows = x.new_empty(places.numel(), x.shape[1])
     rows[places] = x[:, None]
@@ -29,7 +27,7 @@ def take_rows(
 
 
 def sum_choices(
-    rows: Float[Tensor, "tokens*chosen width"],
+    rows: Float[Tensor, "rows width"],
     places: Int64[Tensor, "tokens chosen"],
     residual: Float[Tensor, "tokens width"] | None = None,
 ) -> Float[Tensor, "tokens width"]:
