@@ -19,6 +19,7 @@ from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
+from benthic.parallel.faults import one_speaks
 from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, Grid, description, grid, require_supported
 
 TIMEOUT = datetime.timedelta(minutes=5)
@@ -125,22 +126,27 @@ def joined(layout: ParallelConfig, model: ModelConfig, device: torch.device) -> 
     """The world of a run that torchrun started; alone, nothing is joined. Raises ConfigError for a layout that does
     not fit. Leaves the others on the way out."""
     processes = started_processes()
-    require_supported(layout, model, processes)
     if processes == 1:
+        require_supported(layout, model, processes)
         yield World(layout, device)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
         raise ConfigError("this process is part of a process group already")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    backend = "nccl" if device.type == "cuda" else "gloo"
     level = logger.level
     try:
-        world = World(layout, device)
-        if not world.leads:
-            logger.setLevel(logging.WARNING)
-        logger.info("layout %s: %s", layout, description(layout, model))
-        yield world
+        with one_speaks(dist.PrefixStore("benthic", store), rank, size):
+            require_supported(layout, model, processes)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            world = World(layout, device)
+            if not world.leads:
+                logger.setLevel(logging.WARNING)
+            logger.info("layout %s: %s", layout, description(layout, model))
+            yield world
     finally:
         logger.setLevel(level)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

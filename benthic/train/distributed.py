@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,8 +31,13 @@ def own_device(kind: str) -> torch.device:
 
 def check_batches(config: TrainConfig) -> None:
     """Raise ConfigError unless every rank gets whole micro-batches of the largest batch."""
-    micro, length = config.batch.micro_sequences, config.data.sequence_length
-    config.parallel.check_batch(int(config.batch.sequences.peak), micro, length)
+    sequences, micro = int(config.batch.sequences.peak), config.batch.micro_sequences
+    try:
+        config.parallel.check_batch(sequences, micro, config.data.sequence_length)
+    except ConfigError as error:
+        fits = math.gcd(sequences // config.parallel.data, micro)
+        smaller = f"; or --batch.micro_sequences {fits}" if sequences % config.parallel.data == 0 else ""
+        raise ConfigError(error.message, f"{error.hint or ''}{smaller}") from None
 
 
 @contextmanager

@@ -45,15 +45,14 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
     loss or gradient that is not finite, CapacityError for a full disk.
     """
     config = resolved(config)
-    if config.parallel.world > 1 or started_processes() > 1:
-        check_batches(config)
-    else:
+    if started_processes() == 1:
         _check_room(config)
     with (
         joined(config.parallel, config.model, own_device(config.device)) as world,
         entered(Path(folder), config, resume, world) as place,
         stop_requests() as stop,
     ):
+        check_batches(config)
         trainer = Trainer(config, place, world)
         if resume:
             trainer.restore()
