@@ -134,11 +134,13 @@ def joined(layout: ParallelConfig, model: ModelConfig, device: torch.device) -> 
         torch.cuda.set_device(device)
     if dist.is_initialized():
         raise ConfigError("this process is part of a process group already")
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    shared, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's store outlives the processes it starts again: what the last ones wrote is not for these.
+    store = dist.PrefixStore(f"benthic/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     backend = "nccl" if device.type == "cuda" else "gloo"
     level = logger.level
     try:
-        with one_speaks(dist.PrefixStore("benthic", store), rank, size):
+        with one_speaks(store, rank, size):
             require_supported(layout, model, processes)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
             world = World(layout, device)

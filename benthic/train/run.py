@@ -47,10 +47,11 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
     config = resolved(config)
     if started_processes() == 1:
         _check_room(config)
+    # Requests to stop are watched outermost: where a rank dies, torchrun sends the others SIGTERM, and they still say why.
     with (
+        stop_requests() as stop,
         joined(config.parallel, config.model, own_device(config.device)) as world,
         entered(Path(folder), config, resume, world) as place,
-        stop_requests() as stop,
     ):
         check_batches(config)
         trainer = Trainer(config, place, world)
