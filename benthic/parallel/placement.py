@@ -2,12 +2,14 @@
 
 Routed experts are cut over the expert ranks; then every layer's weights, and those outside the layers, are one group
 of FSDP2 each: float32 masters split over ranks, gathered for use in the compute type, gradients summed in float32.
+Experts that no other rank holds are left out of it: they are this rank's own, as on one process, and nothing is sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -62,21 +64,26 @@ def spread(model: nn.Module, config: ModelConfig, world: World, compute: torch.d
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     keeps = world.layout.zero < 3
     dense = _data_mesh(world.dense, "replicate", "shard")
+    copies = _data_mesh(world.experts, "expert_replicate", "expert_shard")
+    own: set[nn.Parameter] = set()
     for path in expert_layers(config) if world.layout.expert > 1 else ():
         parts = dict(model.get_submodule(path).named_children())
         experts = parts["experts"]
-        _cut_experts(experts, world)
+        _cut_experts(experts, world, torch.float32 if copies.size() > 1 else compute)
         owner, _, name = path.rpartition(".")
         group = world.experts["expert"].get_group()
         exchanged = ExchangedExpertLayer(parts["gate"], experts, parts.get("shared_experts"), group)
         setattr(model.get_submodule(owner), name, exchanged)
-        copies = _data_mesh(world.experts, "expert_replicate", "expert_shard")
-        _shard(experts, copies, policy, keeps, _shard_experts(world.grid.experts[2]))
+        if copies.size() > 1:
+            _shard(experts, copies, policy, keeps, own, _shard_experts(world.grid.experts[2]))
+        else:
+            own.update(experts.parameters())
     for layer in sorted({row.layer for row in parameters(config) if row.layer is not None}):
-        _shard(model.get_submodule(f"model.layers.{layer}"), dense, policy, keeps)
+        _shard(model.get_submodule(f"model.layers.{layer}"), dense, policy, keeps, own)
     # Outside the layers: embedding, last norm, head. The head is read by the loss, after the forward pass, so these
     # stay gathered until backward has ended.
-    _shard(model, dense, policy, True)
+    _shard(model, dense, policy, True, own)
+    _prefetch(model, config)
     register_fsdp_forward_method(model, "states")
 
 
@@ -91,11 +98,11 @@ def _data_mesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
     return mesh[replicate, shard] if mesh[replicate].size() > 1 else mesh[shard]
 
 
-def _cut_experts(experts: nn.Module, world: World) -> None:
+def _cut_experts(experts: nn.Module, world: World, dtype: torch.dtype) -> None:
     index, ranks = world.grid.expert_place(world.rank)[-1], world.layout.expert
     for name, weight in list(experts.named_parameters()):
         held = len(weight) // ranks
-        mine = weight.detach()[index * held : (index + 1) * held].clone()
+        mine = weight.detach()[index * held : (index + 1) * held].to(dtype, copy=True)
         owner, _, leaf = name.rpartition(".")
         setattr(experts.get_submodule(owner), leaf, nn.Parameter(mine))
 
@@ -105,13 +112,26 @@ def _shard(
     mesh: DeviceMesh,
     policy: MixedPrecisionPolicy,
     keeps: bool,
+    own: set[nn.Parameter],
     place: Callable[[nn.Parameter], Shard] | None = None,
 ) -> None:
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not keeps, shard_placement_fn=place)
+    settings = {"mp_policy": policy, "reshard_after_forward": not keeps, "ignored_params": own}
+    fully_shard(module, mesh=mesh, shard_placement_fn=place, **settings)
     if isinstance(module, FSDPModule):
         # The loss is divided by whole-update counts already: gradients are summed, not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _prefetch(model: nn.Module, config: ModelConfig) -> None:
+    """Say which weights are gathered while a layer computes: the host waits for each exchange, so it cannot run ahead
+    and start the next layer's by itself."""
+    count = config.num_hidden_layers + config.num_nextn_predict_layers
+    layers = [model.get_submodule(f"model.layers.{layer}") for layer in range(count)]
+    groups = [[one for one in layer.modules() if isinstance(one, FSDPModule)] for layer in layers]
+    for here, after in pairwise(groups):
+        here[0].set_modules_to_forward_prefetch(after)
+        after[0].set_modules_to_backward_prefetch(here)
 
 
 def _shard_experts(shards: int) -> Callable[[nn.Parameter], Shard]:

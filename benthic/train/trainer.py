@@ -18,7 +18,7 @@ from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
-from benthic.parallel.placement import forget_gathered, parts, spread
+from benthic.parallel.placement import forget_gathered, local, parts, spread
 from benthic.parallel.world import ALONE, World
 from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
@@ -90,11 +90,18 @@ class Trainer:
         """Those of another model's folder, or random ones."""
         if self.config.start_from is None:
             initialise(self.model, self.config.seed, parts(self.config.model, self.world))
+            self._round_first_weights()
             return
         checkpoint = open_checkpoint(self.config.start_from)
         _refuse_other_mathematics(checkpoint.config, self.config.model, self.config.start_from)
         load_into(self.model, checkpoint)
         logger.info("weights of %s", self.config.start_from)
+
+    @torch.no_grad()
+    def _round_first_weights(self) -> None:
+        """One process draws its weights in the type it computes in; masters that FSDP keeps begin with the same."""
+        for parameter in self.model.parameters():
+            local(parameter).copy_(local(parameter).to(self._dtype))
 
     def _average(self) -> Average | None:
         decay = self.config.optimizer.ema_decay

@@ -70,3 +70,17 @@ def test_ten_updates_on_several_ranks_are_those_of_one_process(alone, tmp_path, 
         if name.endswith("e_score_correction_bias"):
             assert torch.equal(weight, written[name])
         torch.testing.assert_close(written[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "layout"), [(2, "fsdp=2,ep=2"), (4, "fsdp=4,ep=2")])
+def test_a_bfloat16_run_on_several_ranks_stays_near_that_of_one_process(tmp_path, size, layout):
+    def narrow(layout: str) -> TrainConfig:
+        return a_run(layout).replace(steps=6, precision={"compute": "bfloat16"})
+
+    on_ranks(1, train, narrow(""), tmp_path / "alone")
+    on_ranks(size, train, narrow(layout), tmp_path / "run")
+    expected, found = rows(tmp_path / "alone"), rows(tmp_path / "run")
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-3)
+    for one, other in zip(expected, found, strict=True):
+        for name in ("loss", "val_loss"):
+            assert other.get(name) == (one.get(name) and pytest.approx(one[name], rel=2e-2))
