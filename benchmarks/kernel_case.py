@@ -11,9 +11,9 @@ from typing import Any, Literal
 class Case:
     """An operation at one shape, done by several implementations on the same inputs.
 
-    `runs`: what is timed, by name, "benthic" first and then its peers; each allocates or reuses its own outputs and
-    returns what `check` can read. A gradient's run makes the backward pass alone (`torch.autograd.grad(...,
-    retain_graph=True)`).
+    `runs`: what is timed, by name, "benthic" first and then its peers ("benthic, ..." are variants of ours and no
+    peers); each allocates or reuses its own outputs and returns what `check` can read. A gradient's run makes the
+    backward pass alone (`torch.autograd.grad(..., retain_graph=True)`).
     `check(output)`: the relative error against the reference, |found - reference| / |reference| over all elements or
     over rows that say enough; a run above `tolerance` (or not a number) is never timed.
     `bytes`: what must move, each input read once and each output written once; nothing that a better kernel would not

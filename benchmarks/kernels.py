@@ -41,6 +41,8 @@ class Options(Settings):
     """`only`: pieces of topic or case names, all if empty. A figure is the median of `rounds` x `samples` calls."""
 
     only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    """Peers left out, by pieces of their names: compiling them takes most of a run's time."""
     rounds: int = Field(3, ge=1)
     samples: int = Field(5, ge=1)
     topic_seconds: float = Field(240, gt=0)
@@ -65,6 +67,7 @@ def measure(options: Options) -> dict[str, Any]:
     return {
         "name": "kernels",
         "machine": describe(("torch", "triton", *sorted(installed))) | {"gpu": torch.cuda.get_device_name()},
+        "left_out": list(options.without),
         "rounds": options.rounds,
         "samples_a_round": options.samples,
         "limits": {document["topic"]: document["limits"] for document in documents if document["cases"]},
@@ -137,7 +140,8 @@ def _release() -> None:
 
 def run_case(case: Case, options: Options, stopwatch: Stopwatch, limits: Limits) -> dict[str, Any]:
     """One row: each subject checked first, then timed in turn with the others."""
-    subjects = {name: _checked(case, name) for name in case.runs}
+    chosen = [name for name in case.runs if name == "benthic" or not any(one in name for one in options.without)]
+    subjects = {name: _checked(case, name) for name in chosen}
     right = [name for name, found in subjects.items() if "error" not in found]
     rounds: dict[str, list[list[float]]] = {name: [] for name in right}
     for _ in range(options.rounds):
@@ -150,7 +154,7 @@ def run_case(case: Case, options: Options, stopwatch: Stopwatch, limits: Limits)
         "floor_seconds": limits.floor(case.bytes, case.flops, case.unit), "tolerance": case.tolerance,
         "subjects": subjects,
     }  # fmt: skip
-    peers = [name for name in right if name != "benthic"]
+    peers = [name for name in right if not name.startswith("benthic")]
     if "benthic" in right and peers:
         best = min(peers, key=lambda name: subjects[name]["seconds"])
         row |= {"best_peer": best, "times_best_peer": subjects[best]["seconds"] / subjects["benthic"]["seconds"]}

@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_timing import Limits
-from benthic.config.model import ModelConfig
+from benchmarks.triton_launches import Launch, recorded
 
 DEVICE_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 ITEM_SIZES = {
@@ -45,14 +45,15 @@ class Work:
     unit: str = "bf16"
 
 
-def profiled(
-    step: Callable[[], Any], config: ModelConfig, batch: int, sequence_length: int, limits: Limits | None
-) -> dict[str, Any]:
-    """Trace two steps and account for them. `config`, `batch` and `sequence_length` are what the steps train."""
+def profiled(step: Callable[[], Any], limits: Limits | None) -> dict[str, Any]:
+    """Trace two steps and account for them."""
     shortest = [ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
+    trace(lambda: None, shortest, shapes=False)  # the first one starts the profiler's own machinery
     alone = trace(step, shortest, shapes=False)
-    named = trace(step, [ProfilerActivity.CPU, *shortest], shapes=True)
-    return busy(alone) | {"operations": operations(named, limits), "limits": limits.plain() if limits else None}
+    with recorded() as launches:
+        named = trace(step, list({ProfilerActivity.CPU, *shortest}), shapes=True)
+    rows = operations(named, limits, launches)
+    return busy(alone) | {"operations": rows, "limits": limits.plain() if limits else None}
 
 
 def trace(step: Callable[[], Any], activities: Sequence[ProfilerActivity], shapes: bool) -> list[Event]:
@@ -96,22 +97,27 @@ def device_events(events: Sequence[Event]) -> Iterator[Event]:
     return (event for event in events if event.get("cat") in DEVICE_CATEGORIES and event.get("ph") == "X")
 
 
-def operations(events: Sequence[Event], limits: Limits | None) -> list[dict[str, Any]]:
-    """Rows, longest first: group, calls, seconds, share of the device's time, and rates where known."""
+def operations(events: Sequence[Event], limits: Limits | None, launches: Sequence[Launch] = ()) -> list[dict[str, Any]]:
+    """Rows, longest first: group, calls, seconds, share of the device's time, and rates where known.
+
+    `launches` are the Triton kernels that the traced step launched, in order.
+    """
     hosts = {
         event["args"]["External id"]: event
         for event in events
         if event.get("cat") == "cpu_op" and "External id" in event.get("args", {})
     }
+    ours = matched(events, launches)
     rows: dict[str, dict[str, Any]] = {}
     seen: set[tuple[str, int]] = set()
     for event in device_events(events):
         number = event.get("args", {}).get("External id")
-        work = work_of(event["name"], hosts.get(number))
+        launch = ours.get(id(event))
+        work = _launched(launch) if launch is not None else work_of(event["name"], hosts.get(number))
         row = rows.setdefault(work.group, {"group": work.group, "calls": 0, "seconds": 0.0, "flops": 0.0, "bytes": 0.0})
         row["seconds"] += event["dur"] / 1e6
         row["unit"] = work.unit
-        if (work.flops or work.bytes) and (work.group, number) in seen:
+        if launch is None and (work.flops or work.bytes) and (work.group, number) in seen:
             continue  # several kernels may serve one call; its work counts once
         seen.add((work.group, number))
         row["calls"] += 1
@@ -119,6 +125,25 @@ def operations(events: Sequence[Event], limits: Limits | None) -> list[dict[str,
         row["bytes"] += work.bytes
     total = sum(row["seconds"] for row in rows.values())
     return sorted((_rated(row, total, limits) for row in rows.values()), key=lambda row: -row["seconds"])
+
+
+def matched(events: Sequence[Event], launches: Sequence[Launch]) -> dict[int, Launch]:
+    """Launch by `id` of its event: the n-th launch of a name is the n-th event of that name in the host's order.
+
+    A name whose numbers differ is left out, and its kernels go by their bare name.
+    """
+    found: dict[int, Launch] = {}
+    for name in {launch.kernel for launch in launches}:
+        mine = [launch for launch in launches if launch.kernel == name]
+        ran = [event for event in device_events(events) if event["name"] == name]
+        if len(mine) == len(ran):
+            ran.sort(key=lambda event: event["args"].get("correlation", 0))
+            found |= {id(event): launch for event, launch in zip(ran, mine, strict=True)}
+    return found
+
+
+def _launched(launch: Launch) -> Work:
+    return Work(launch.label, launch.flops, launch.bytes, _unit(bool(launch.flops)))
 
 
 def _rated(row: dict[str, Any], total: float, limits: Limits | None) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def read_log(text: str) -> dict[str, Any]:
     lines = re.findall(r"step:\s*(\d+)\s.*?loss:\s*([\d.naif]+).*?memory:\s*([\d.]+)GiB.*?tps:\s*([\d,]+)", plain)
     counted = [one for one in lines if int(one[0]) > FIRST_COUNTED]
     if not counted or int(counted[-1][0]) != STEPS:
-        raise RunError(f"torchtitan ended before step {STEPS}: {plain.strip()[-600:] or 'it printed nothing'}")
+        raise RunError(f"torchtitan ended before step {STEPS}: {plain.strip()[-1500:] or 'it printed nothing'}")
     speeds = [int(speed.replace(",", "")) for *_, speed in counted]
     return {
         # Equal numbers of tokens each: the mean speed is the harmonic one.

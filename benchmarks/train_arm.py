@@ -45,7 +45,9 @@ GIB = 2**30
 def measure(arm: Arm, device: str, profile: Path | None = None) -> dict[str, Any]:
     """Warm up, time, and, where `profile` is a file, take two more steps under the profiler for it."""
     limits = measured_limits(GpuStopwatch()) if device == "cuda" else None
-    step, model = make_step(arm, device)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what measuring took is no part of the arm's memory
+    step = make_step(arm, device)
     for _ in range(arm.warm_up):
         step()
     if device == "cuda":
@@ -62,13 +64,13 @@ def measure(arm: Arm, device: str, profile: Path | None = None) -> dict[str, Any
             "matmul_share": result["tflops"] * 1e12 / limits.bf16,
         }
     if profile is not None:
-        found = profiled(step, model.config, arm.batch, arm.sequence_length, limits)
+        found = profiled(step, limits)
         write_atomic(profile, json.dumps({"arm": arm.model_dump(), "step_seconds": result["step_seconds"]} | found))
     return result
 
 
-def make_step(arm: Arm, device: str) -> tuple[Callable[[], Update], LanguageModel]:
-    """A function that makes the next update, on a new batch each time; and the model."""
+def make_step(arm: Arm, device: str) -> Callable[[], Update]:
+    """A function that makes the next update, on a new batch each time."""
     config = train_config(arm)
     model, optimizer = build(config, device)
     if arm.compiled:
@@ -87,7 +89,7 @@ def make_step(arm: Arm, device: str) -> tuple[Callable[[], Update], LanguageMode
         ready = next(batches)  # as the trainer reads ahead while a GPU works
         return finish(launched, optimizer, failures)
 
-    return step, model
+    return step
 
 
 def build(config: TrainConfig, device: str) -> tuple[LanguageModel, Optimizer]:

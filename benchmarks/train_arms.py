@@ -50,6 +50,8 @@ ARMS: dict[str, Arm] = {
     "torchtitan-bf16": Arm(trainer="torchtitan", states="bfloat16"),
     "torchtitan-sdpa": Arm(trainer="torchtitan", attention="sdpa"),
     "torchtitan-sdpa-bf16": Arm(trainer="torchtitan", states="bfloat16", attention="sdpa"),
+    "v3-torchtitan": Arm(trainer="torchtitan", model="v3"),
+    "v3-torchtitan-bf16": Arm(trainer="torchtitan", model="v3", states="bfloat16"),
     "transformers": Arm(trainer="transformers", states="bfloat16"),
 }
 DEFAULT_ARMS = (

@@ -17,6 +17,7 @@ from pydantic import Field
 from benchmarks import torchtitan_peer
 from benchmarks.gpu_timing import require_gpu
 from benchmarks.machine import describe
+from benchmarks.readme_table import TRAINING_PAIRS
 from benchmarks.step_profile import table as profile_table
 from benchmarks.train_arms import ARMS, DEFAULT_ARMS, Arm, model_config
 from benthic.config.settings import Settings
@@ -84,10 +85,17 @@ def run_arm(name: str, arm: Arm, output: Path | None, options: Options) -> dict[
             return run_torchtitan(arm, options)
         profile = profile_path(output, name) if options.profile and arm.trainer == "benthic" else None
         return _run_own(arm, profile, options)
-    except subprocess.TimeoutExpired:
-        return {"arm": arm.model_dump(), "error": f"stopped after {options.arm_seconds:.0f} s"}
+    except subprocess.TimeoutExpired as stopped:
+        told = last_words(stopped.stderr or stopped.stdout)
+        return {"arm": arm.model_dump(), "error": f"stopped after {options.arm_seconds:.0f} s{told and ': '}{told}"}
     except RunError as error:
         return {"arm": arm.model_dump(), "error": error.message}
+
+
+def last_words(output: str | bytes | None) -> str:
+    """The end of what a process printed; Python hands over bytes where it stopped the process."""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    return text.strip()[-1500:]
 
 
 def profile_path(output: Path | None, name: str) -> Path:
@@ -112,7 +120,7 @@ def _run_own(arm: Arm, profile: Path | None, options: Options) -> dict[str, Any]
         )
         sys.stderr.write(done.stderr)
         if done.returncode or not kept.exists():
-            raise RunError(f"ended with code {done.returncode}: {done.stderr.strip()[-600:]}")
+            raise RunError(f"ended with code {done.returncode}: {last_words(done.stderr)}")
         result = json.loads(kept.read_text())
     if profile is not None:
         logger.info("%s", profile_table(json.loads(profile.read_text())))
@@ -149,12 +157,12 @@ def failures(document: dict[str, Any]) -> list[str]:
 def table(document: dict[str, Any]) -> str:
     """The arms for a reader."""
     lines = [
-        f"{'arm':<22}{'tokens/s':>10}{'TFLOP/s':>9}{'of matmul':>10}{'ms a step':>22}"
+        f"{'arm':<22}{'tokens/s':>10}{'TFLOP/s':>9}{'of bf16':>10}{'ms a step':>22}"
         f"{'GiB: planned':>14}{'allocated':>10}{'reserved':>9}   MaxVio"
     ]
     for name, row in document["arms"].items():
         if "error" in row:
-            lines.append(f"{name:<22}{row['error'].splitlines()[0][:140]}")
+            lines.append(f"{name:<22}{row['error'].splitlines()[-1][-200:]}")
             continue
         share = f"{row['matmul_share']:.1%}" if "matmul_share" in row else ""
         spread = ""
@@ -170,4 +178,8 @@ def table(document: dict[str, Any]) -> str:
             f"{name:<22}{row['tokens_per_second']:>10,.0f}{row['tflops']:>9.0f}{share:>10}{spread:>22}"
             f"{gib[0]:>14}{gib[1]:>10}{gib[2]:>9}   {violation}"
         )
+    speeds = {name: row["tokens_per_second"] for name, row in document["arms"].items() if "error" not in row}
+    for ours, peer in TRAINING_PAIRS:
+        if ours in speeds and peer in speeds:
+            lines.append(f"{ours} is {speeds[ours] / speeds[peer]:.2f} times as fast as {peer}")
     return "\n".join(lines) + "\n"

@@ -23,20 +23,21 @@ route_ops = import_module("benthic.ops.route")  # `benthic.ops.route` is the fun
 
 
 class Shape(NamedTuple):
-    """T tokens of width D, E experts of width F here, K chosen, and the width of a dense feed-forward."""
+    """T tokens of width D, E experts of width F on this GPU, K chosen of `routed`, the width of a dense layer."""
 
     tokens: int
     width: int
     experts: int
     inner: int
     chosen: int
+    routed: int
     dense: int
 
     def __str__(self) -> str:
         return f"{self.tokens}x{self.width}, {self.chosen} of {self.experts} experts of {self.inner}"
 
 
-SHAPES = (Shape(16_384, 2_048, 64, 1_408, 6, 10_944), Shape(8_192, 7_168, 32, 2_048, 8, 18_432))
+SHAPES = (Shape(16_384, 2_048, 64, 1_408, 6, 64, 10_944), Shape(8_192, 7_168, 32, 2_048, 8, 256, 18_432))
 """A step of the bench model (DeepSeek-V2-Lite's dimensions), and V3's layer as one of eight GPUs holds it."""
 
 
@@ -147,14 +148,13 @@ def _weighted_of(shape: Shape, device: str) -> Iterator[Case]:
 
 
 def _routing_of(shape: Shape, device: str) -> Iterator[Case]:
-    experts = 4 * shape.experts if shape.experts == 32 else shape.experts
-    grouped = {"n_group": 8, "topk_group": 4} if experts > shape.experts else {}
-    config = ModelConfig(
-        n_routed_experts=experts, moe_intermediate_size=shape.inner, num_experts_per_tok=shape.chosen,
-        routed_scaling_factor=2.5, **grouped,
-    )  # fmt: skip
+    config = ModelConfig.from_pretrained("deepseek-v3")
+    if shape.routed != config.n_routed_experts:
+        changes = {"n_routed_experts": shape.routed, "num_experts_per_tok": shape.chosen}
+        config = config.replace(n_group=1, topk_group=1, **changes)
+    experts = shape.routed
     logits, bias = torch.randn(shape.tokens, experts, device=device), 0.1 * torch.randn(experts, device=device)
-    name = f"{shape.tokens} tokens, {shape.chosen} of {experts}" + (", 4 of 8 groups" if grouped else "")
+    name = f"{shape.tokens} tokens, {shape.chosen} of {experts}, {config.topk_group} of {config.n_group} groups"
     compiled = torch.compile(route_ops._composed, dynamic=False)
     scores, picked, weights = expected = route_ops._composed(logits, bias, config)
 

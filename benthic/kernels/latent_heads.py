@@ -26,7 +26,7 @@ def latent_heads(
     if query.numel():
         constants = _constants(heads, width, rotary_key.shape[2], interleaved)
         _forward[(positions, batch, triton.cdiv(heads, constants["HEADS"]))](
-            query, expanded, rotary_key, torch.view_as_real(rotations), turned, key, heads,
+            query, expanded, rotary_key, torch.view_as_real(rotations.contiguous()), turned, key, heads,
             *query.stride()[:3], *expanded.stride()[:3], *rotary_key.stride()[:2], **constants,
         )  # fmt: skip
     return turned, key
@@ -47,7 +47,7 @@ def latent_heads_backward(
     rotary_key = grad_query.new_empty((batch, positions, rotary_width))
     if query.numel():
         _backward[(positions, batch)](
-            grad_query, grad_key, grad_value, torch.view_as_real(rotations), query, expanded, rotary_key,
+            grad_query, grad_key, grad_value, torch.view_as_real(rotations.contiguous()), query, expanded, rotary_key,
             *grad_query.stride()[:3], *grad_key.stride()[:3], *grad_value.stride()[:3],
             H=heads, V=value_width, VALUES=triton.next_power_of_2(value_width),
             **_constants(heads, width, rotary_width, interleaved),

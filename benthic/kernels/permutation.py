@@ -1,6 +1,6 @@
 """Sorting choices by expert, copying rows to their places, and summing them back: a pass over memory each.
 
-The sort is a counting sort in blocks of 128 choices. An atomic counter would give places in the order in which programs
+The sort is a counting sort in blocks of 64 choices. An atomic counter would give places in the order in which programs
 happen to run; here a choice's place follows from counts alone: those of smaller experts, of earlier blocks, and of
 earlier equals in its own block, which are found by comparing all pairs.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128
+BLOCK = 64
 
 
 def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,11 +23,11 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     blocks = triton.cdiv(rows, BLOCK)
     ends = experts.new_empty(num_experts, dtype=torch.int32)
     counts = experts.new_zeros((num_experts, blocks), dtype=torch.int32)
-    _count[(blocks,)](experts, counts, rows, blocks, BLOCK=BLOCK, num_warps=8)
+    _count[(blocks,)](experts, counts, rows, blocks, BLOCK=BLOCK, num_warps=2)
     through = counts.view(-1).cumsum(0, dtype=torch.int32)  # choices before and in each (expert, block)
     _place[(blocks,)](
         experts, through, tokens, places, ends, rows, blocks, num_experts,
-        K=experts.shape[1], EXPERTS=triton.next_power_of_2(num_experts), BLOCK=BLOCK, num_warps=8,
+        K=experts.shape[1], EXPERTS=triton.next_power_of_2(num_experts), BLOCK=BLOCK, num_warps=2,
     )  # fmt: skip
     return tokens, places, ends
 

@@ -16,12 +16,14 @@ from benthic.kernels.hopper import require, require_fp8
 from benthic.kernels.quantise import BLOCK
 
 
-def retile_columns(values: Tensor, scales: Tensor, ends: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def retile_columns(
+    values: Tensor, scales: Tensor, ends: Tensor, tokens: Tensor | None = None, registers: int | None = None
+) -> tuple[Tensor, Tensor]:
     """values float8_e4m3fn [T, C] with scales float32 [ceil(C / 128), T], powers of two (quantise_rows) -> the layout
     of quantise_columns: values [C, P], scales [P / 128, C], powers of two.
 
     With `tokens` int64 [R], row r of the R that `ends` cuts into groups is values[tokens[r]]: no copy of the rows in
-    that order is needed. C must be a multiple of 16.
+    that order is needed. C must be a multiple of 16. `registers`: as for quantise_columns.
     """
     rows, columns = values.shape
     require_fp8("values", values, (rows, columns))
@@ -34,7 +36,8 @@ def retile_columns(values: Tensor, scales: Tensor, ends: Tensor, tokens: Tensor 
     if taken:
         _retile[(triton.cdiv(columns, 64), blocks)](
             values, scales, ends, tokens, result, result_scales, rows, columns, blocks * BLOCK, len(ends),
-            TAKES=tokens is not None, GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64, num_warps=4,
+            TAKES=tokens is not None, GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64,
+            num_warps=4, maxnreg=registers,
         )  # fmt: skip
     return result, result_scales
 

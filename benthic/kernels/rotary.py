@@ -16,7 +16,7 @@ def rotary(x: Tensor, rotations: Tensor, interleaved: bool, inverse: bool = Fals
     if x.numel():
         together, warps = tile(heads, width)
         _rotary[(positions, batch, triton.cdiv(heads, together))](
-            x, torch.view_as_real(rotations), out, heads, *x.stride()[:3],
+            x, torch.view_as_real(rotations.contiguous()), out, heads, *x.stride()[:3],
             PAIRS=width // 2, BLOCK=triton.next_power_of_2(width // 2), HEADS=together,
             INTERLEAVED=interleaved, INVERSE=inverse, num_warps=warps,
         )  # fmt: skip

@@ -52,8 +52,10 @@ class LatentAttention(nn.Module):
         self, hidden: Float[Tensor, "batch positions width"], span: Span
     ) -> Float[Tensor, "batch positions width"]:
         """Expands keys and values when no token came before, else works on the latents."""
-        query = self._queries(hidden)
-        latent, key = self.kv_a_proj_with_mqa(hidden).split_with_sizes((self.rank, self.rotary_width), -1)
+        first, latent_and_key = self._first_projections(hidden)
+        query = self.q_b_proj(self.q_a_layernorm(first)) if self.compresses_queries else first
+        query = query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
+        latent, key = latent_and_key.split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
         if span.cache is not None:
             if span.cache.length:
@@ -76,12 +78,10 @@ class LatentAttention(nn.Module):
         out = ops.absorbed_attention(query, rotary_query, latents, expansion, self.scale, span.mask)
         return self.o_proj(out.flatten(2))
 
-    def _queries(self, hidden: Tensor) -> Tensor:
-        if self.compresses_queries:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
-        else:
-            query = self.q_proj(hidden)
-        return query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
+    def _first_projections(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of queries, or of what they are compressed to; and of the latent with the rotary key."""
+        first = self.q_a_proj if self.compresses_queries else self.q_proj
+        return first(hidden), self.kv_a_proj_with_mqa(hidden)
 
 
 class PlainAttention(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benthic.config.manifest import parameters
 from benthic.errors import ConfigError
 from benthic.log import logger
+from benthic.model.attention import LatentAttention
 from benthic.model.feed_forward import ExpertLayer, Experts, FeedForward
 from benthic.model.language_model import LanguageModel
 from benthic.model.primitive import Linear
@@ -59,25 +60,52 @@ class WeightCopies:
             self._copies, self._state = float8.quantise_weight(*weights), state
         return self._copies
 
+    def forget(self) -> None:
+        """Make them again the next time, whatever the count of changes says."""
+        self._state = self._copies = None
+
+
+def forget_copies(model: nn.Module) -> None:
+    """Drop all FP8 copies. FSDP gathers changed weights into memory it has used before, and torch counts no change."""
+    for module in model.modules():
+        for copies in (getattr(module, name, None) for name in ("copies", "down_copies")):
+            if isinstance(copies, WeightCopies):
+                copies.forget()
+
 
 class Float8Linear(Linear):
-    """A projection in FP8."""
+    """A projection in FP8; `rows` is its input quantised, where others read it too."""
+
+    def prepare(self) -> None:
+        """What __init__ would have added."""
+        self.copies = WeightCopies()
+
+    def forward(
+        self, input: Float[Tensor, "*tokens into"], rows: Float8Rows | None = None
+    ) -> Float[Tensor, "*tokens out"]:
+        out = float8.linear_fp8(input, (self.weight,), self.copies.of(self.weight), rows)
+        return out if self.bias is None else out + self.bias
+
+
+class Float8OutputLinear(Linear):
+    """The projection after attention: its input is kept by attention, so not a second time in FP8."""
 
     def prepare(self) -> None:
         """What __init__ would have added."""
         self.copies = WeightCopies()
 
     def forward(self, input: Float[Tensor, "*tokens into"]) -> Float[Tensor, "*tokens out"]:
-        out = float8.linear_fp8(input, (self.weight,), self.copies.of(self.weight))
-        return out if self.bias is None else out + self.bias
-
-
-class Float8OutputLinear(Float8Linear):
-    """The projection after attention: its input is kept by attention, so not a second time in FP8."""
-
-    def forward(self, input: Float[Tensor, "*tokens into"]) -> Float[Tensor, "*tokens out"]:
         out = float8.output_linear_fp8(input, self.weight, self.copies.of(self.weight))
         return out if self.bias is None else out + self.bias
+
+
+class Float8LatentAttention(LatentAttention):
+    """Quantises its input once, for both projections that read it."""
+
+    def _first_projections(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        rows = float8.quantise_activation(hidden)
+        first = self.q_a_proj if self.compresses_queries else self.q_proj
+        return first(hidden, rows), self.kv_a_proj_with_mqa(hidden, rows)
 
 
 class Float8FeedForward(FeedForward):
@@ -130,29 +158,33 @@ class Float8ExpertLayer(ExpertLayer):
 def use_float8(model: LanguageModel) -> Float8Report:
     """Make `model`, bfloat16 on a Hopper GPU or a processor (slowly, by the references), compute its products in FP8.
 
-    A matrix with a width that is no multiple of 16 stays as it is, and so does the feed-forward or the expert layer it
-    is part of; what stays and why is logged and returned. Raises ConfigError for another device or dtype, and where
-    nothing could be quantised.
+    A sublayer (attention, feed-forward, expert layer) with a width that is no multiple of 16 stays as it is; what stays
+    and why is logged and returned. Raises ConfigError for another device or dtype, and where nothing could be
+    quantised.
     """
     _check(model)
-    published = {row.name: row.shape for row in parameters(model.config) if row.fp8}
-    kept = {name: _misfit(shape) for name, shape in published.items() if _misfit(shape)}
+    shapes = {row.name: row.shape for row in parameters(model.config) if row.fp8}
     quantised: list[str] = []
-    for name, module in list(model.named_modules()):
-        own = [f"{name}.{inner}" for inner, _ in module.named_parameters() if f"{name}.{inner}" in published]
-        if not own or not isinstance(module, Linear | FeedForward | Experts | ExpertLayer):
-            continue
-        wrong = next((kept[one] for one in own if one in kept), None)
-        if wrong is not None:
-            kept |= {one: wrong for one in own if one not in quantised}
-        elif _convert(name, module):
-            quantised += [one for one in own if one not in quantised]
+    kept: dict[str, str] = {}
+    for index, layer in enumerate(model.model.layers):
+        for part in ("self_attn", "mlp"):
+            prefix = f"model.layers.{index}.{part}."
+            own = [name for name in shapes if name.startswith(prefix)]
+            misfit = next((width for name in own for width in shapes[name][-2:] if width % WIDTH_UNIT), None)
+            if misfit is not None:
+                kept |= dict.fromkeys(own, f"a width of {misfit} is no multiple of {WIDTH_UNIT}")
+                continue
+            quantised += own
+            for name, module in getattr(layer, part).named_modules():
+                _convert(name, module)
     if not quantised:
         raise ConfigError(
             "no matrix of this model can be multiplied in FP8: " + next(iter(kept.values()), "it has none"),
             hint="set precision.compute to bfloat16, or make the widths multiples of 16",
         )
-    _log(quantised, kept, published)
+    logger.info("float8: %d of %d matrices multiplied in FP8", len(quantised), len(shapes))
+    for reason, count in Counter(kept.values()).items():
+        logger.info("float8: %d left in bfloat16: %s", count, reason)
     return Float8Report(tuple(quantised), kept)
 
 
@@ -178,29 +210,19 @@ def _check(model: LanguageModel) -> None:
         )
 
 
-def _misfit(shape: tuple[int, ...]) -> str:
-    wrong = [width for width in shape[-2:] if width % WIDTH_UNIT]
-    return f"a width of {wrong[0]} is no multiple of {WIDTH_UNIT}" if wrong else ""
-
-
-def _convert(name: str, module: nn.Module) -> bool:
-    """Change the class of `module`; False for one that the module around it computes."""
-    if isinstance(module, ExpertLayer):
-        module.__class__ = Float8ExpertLayer
-    elif isinstance(module, Experts):
-        module.__class__ = Float8Experts
-    elif isinstance(module, FeedForward):
-        module.__class__ = Float8FeedForward
-    elif ".self_attn." in name:
-        module.__class__ = Float8OutputLinear if name.endswith(".o_proj") else Float8Linear
-    else:
-        return False
-    if isinstance(module, Float8Linear | Float8FeedForward | Float8Experts):
+def _convert(name: str, module: nn.Module) -> None:
+    kind = Float8OutputLinear if name == "o_proj" else _FLOAT8.get(type(module))
+    if kind is None:
+        return
+    module.__class__ = kind
+    if isinstance(module, Float8Linear | Float8OutputLinear | Float8FeedForward | Float8Experts):
         module.prepare()
-    return True
 
 
-def _log(quantised: list[str], kept: dict[str, str], published: dict[str, tuple[int, ...]]) -> None:
-    logger.info("float8: %d of %d matrices multiplied in FP8", len(quantised), len(published))
-    for reason, count in Counter(kept.values()).items():
-        logger.info("float8: %d left in bfloat16: %s", count, reason)
+_FLOAT8: dict[type[nn.Module], type[nn.Module]] = {
+    LatentAttention: Float8LatentAttention,
+    Linear: Float8Linear,
+    FeedForward: Float8FeedForward,
+    Experts: Float8Experts,
+    ExpertLayer: Float8ExpertLayer,
+}

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-from benthic.numerics import reference
+from benthic.numerics.reference import adamw as reference
 from benthic.numerics.reference.adamw import Rule
 
 
@@ -21,10 +21,14 @@ def adamw(
     finite: Bool[Tensor, ""],
 ) -> None:
     """As the reference's; on a GPU one pass over memory that waits for nothing."""
-    update = reference.adamw.adamw
-    if master.device.type == "cuda":
-        from benthic.kernels.adamw import adamw as update
-    update(master, gradient.contiguous(), exp_avg, exp_avg_sq, parameter, rule, clip, finite)
+    if master.device.type != "cuda":
+        reference.adamw(master, gradient, exp_avg, exp_avg_sq, parameter, rule, clip, finite)
+        return
+    from benthic.kernels import adamw as kernels
+
+    kernels.adamw(master, gradient.contiguous(), exp_avg, exp_avg_sq, parameter, rule, clip, finite)
+    # torch counts changes in place, and copies of parameters are made again by that count.
+    torch.autograd.graph.increment_version([one for one in (master, parameter) if one is not None])
 
 
 def gradient_norm(gradients: list[Tensor]) -> Float32[Tensor, ""]:

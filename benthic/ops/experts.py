@@ -61,7 +61,7 @@ class _GroupedExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
     ) -> Tensor:
         permutation = sort_by_expert(experts, len(gate_up_proj))
-        row_weights = torch.empty_like(weights).view(-1).scatter_(0, permutation.places.flatten(), weights.flatten())
+        row_weights = weights.new_empty(experts.numel()).scatter_(0, permutation.places.flatten(), weights.flatten())
         hidden = _product(take_rows(x, permutation), gate_up_proj.transpose(1, 2), permutation.ends)  # [T K, 2F]
         out = _product(weighted_swiglu(hidden, row_weights), down_proj.transpose(1, 2), permutation.ends)  # [T K, D]
         ctx.save_for_backward(x, row_weights, gate_up_proj, down_proj, hidden, *permutation)

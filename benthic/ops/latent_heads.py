@@ -9,9 +9,11 @@ from jaxtyping import Complex64, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from benthic.ops.recomputation import cheap
 from benthic.ops.rotary import rotary, with_contiguous_channels
 
 
+@cheap
 def latent_heads(
     query: Float[Tensor, "batch positions heads key_width"],
     expanded: Float[Tensor, "batch positions heads own_and_value"],

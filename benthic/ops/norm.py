@@ -10,11 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from benthic.ops.recomputation import cheap, remember
+
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _KERNEL_WIDTH = 16384
 """The longest row that a program's registers hold."""
 
 
+@cheap
 def rms_norm(
     x: Float[Tensor, "*tokens width"], weight: Float[Tensor, " width"], eps: float
 ) -> Float[Tensor, "*tokens width"]:
@@ -38,7 +41,9 @@ def add_rms_norm(
 ) -> tuple[Float[Tensor, "*tokens width"], Float[Tensor, "*tokens width"]]:
     """The residual stream with `x` added, and the same through rms_norm: one pass over memory each way on a GPU."""
     if _has_kernel(x) and residual.dtype == x.dtype:
-        return _KernelAddRMSNorm.apply(residual, x, weight, eps)
+        total, normed = _KernelAddRMSNorm.apply(residual, x, weight, eps)
+        remember(normed, rms_norm, total, weight, eps)
+        return total, normed
     total = residual + x
     return total, rms_norm(total, weight, eps)
 

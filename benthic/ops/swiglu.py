@@ -11,13 +11,18 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from benthic.ops.recomputation import cheap
 
+_silu = cheap(F.silu)
+
+
+@cheap
 def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Gated activation, element by element."""
     if gate.is_cuda:
         # Two passes and a product in memory become one pass, forwards and backwards.
         return _Swiglu.apply(gate, up)
-    return F.silu(gate) * up
+    return _silu(gate) * up
 
 
 def weighted_swiglu(

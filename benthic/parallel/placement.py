@@ -128,7 +128,9 @@ def _prefetch(model: nn.Module, config: ModelConfig) -> None:
     and start the next layer's by itself."""
     count = config.num_hidden_layers + config.num_nextn_predict_layers
     layers = [model.get_submodule(f"model.layers.{layer}") for layer in range(count)]
-    groups = [[one for one in layer.modules() if isinstance(one, FSDPModule)] for layer in layers]
+    groups: list[list[FSDPModule]] = [
+        [one for one in layer.modules() if isinstance(one, FSDPModule)] for layer in layers
+    ]
     for here, after in pairwise(groups):
         here[0].set_modules_to_forward_prefetch(after)
         after[0].set_modules_to_backward_prefetch(here)

@@ -29,6 +29,11 @@ def own_device(kind: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def processes_here() -> int:
+    """Ranks of the run on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def check_batches(config: TrainConfig) -> None:
     """Raise ConfigError unless every rank gets whole micro-batches of the largest batch."""
     sequences, micro = int(config.batch.sequences.peak), config.batch.micro_sequences

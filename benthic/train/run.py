@@ -14,10 +14,11 @@ from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
 from benthic.model.room import available_bytes
-from benthic.parallel.world import joined, started_processes
-from benthic.train.distributed import check_batches, entered, own_device
+from benthic.parallel.world import World, joined
+from benthic.plan.memory import TrainingMemory
+from benthic.train.distributed import check_batches, entered, own_device, processes_here
 from benthic.train.export import Facts, export
-from benthic.train.fit import require_room
+from benthic.train.fit import compared, require_room
 from benthic.train.progress import Lines, shown
 from benthic.train.signals import StopRequest, stop_requests
 from benthic.train.trainer import Trainer
@@ -45,32 +46,30 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
     loss or gradient that is not finite, CapacityError for a full disk.
     """
     config = resolved(config)
-    if started_processes() == 1:
-        _check_room(config)
-    # Requests to stop are watched outermost: where a rank dies, torchrun sends the others SIGTERM, and they still say why.
-    with (
-        stop_requests() as stop,
-        joined(config.parallel, config.model, own_device(config.device)) as world,
-        entered(Path(folder), config, resume, world) as place,
-    ):
+    # The wait for signals is outermost: where a rank dies torchrun sends the others SIGTERM, and one still says why.
+    with stop_requests() as stop, joined(config.parallel, config.model, own_device(config.device)) as world:
         check_batches(config)
-        trainer = Trainer(config, place, world)
-        if resume:
-            trainer.restore()
-            if world.leads:
-                place.write_config(config)
-        began = time.monotonic()
-        finished = _train(trainer, stop)
-        seconds = time.monotonic() - began
-        return Summary(
-            folder=place.path,
-            step=trainer.step,
-            tokens=trainer.tokens,
-            seconds=seconds,
-            validation=trainer.validation,
-            model=place.model if finished else None,
-            interrupted=None if finished else stop.received,
-        )
+        planned = _check_room(config, world)
+        with entered(Path(folder), config, resume, world) as place:
+            trainer = Trainer(config, place, world)
+            if resume:
+                trainer.restore()
+                if world.leads:
+                    place.write_config(config)
+            began = time.monotonic()
+            finished = _train(trainer, stop)
+            seconds = time.monotonic() - began
+            if trainer.device.type == "cuda" and planned is not None:
+                logger.info("%s", compared(planned, torch.cuda.max_memory_allocated(trainer.device)))
+            return Summary(
+                folder=place.path,
+                step=trainer.step,
+                tokens=trainer.tokens,
+                seconds=seconds,
+                validation=trainer.validation,
+                model=place.model if finished else None,
+                interrupted=None if finished else stop.received,
+            )
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
@@ -105,16 +104,20 @@ def _say_which_auxiliary_loss(config: TrainConfig) -> None:
         )
 
 
-def _check_room(config: TrainConfig) -> None:
-    """Refuse what cannot fit before anything is written; say what was found otherwise."""
-    device = torch.device(config.device)
+def _check_room(config: TrainConfig, world: World) -> TrainingMemory | None:
+    """Refuse what cannot fit before anything is written; say and return what was planned otherwise."""
+    device = own_device(config.device)
     available = available_bytes(device)
     if available is None:
         logger.info("memory: this system does not tell how much is free, so nothing is checked")
-        return
+        return None
     title = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    if device.type == "cpu" and world.size > 1:
+        available //= processes_here()
+        title = "a process's share of this machine"
     memory = require_room(config, title, available)
     logger.info("memory: %.2f GiB planned, %.1f GiB free on %s", memory.total / 2**30, available / 2**30, title)
+    return memory
 
 
 def _train(trainer: Trainer, stop: StopRequest) -> bool:

@@ -75,15 +75,14 @@ class Trainer:
     def _model(self) -> LanguageModel:
         """Allocated: whole where this process is alone, this rank's part otherwise."""
         alone = self.world.size == 1
-        placed = (self.device, self._dtype) if alone else (torch.device("meta"), torch.float32)
-        model = LanguageModel(self.config.model, *placed)
+        model = LanguageModel(self.config.model, self.device if alone else torch.device("meta"), self._dtype)
         if self.config.precision.compute == "float8":
             from benthic.model.float8 import use_float8
 
             use_float8(model)
         if alone:
             return model
-        spread(model, self.config.model, self.world, self._dtype)
+        spread(model.float(), self.config.model, self.world, self._dtype)
         return model.to_empty(device=self.device)
 
     def _first_weights(self) -> None:
@@ -148,6 +147,10 @@ class Trainer:
         # A GPU is still working on this batch.
         self.feed.read_ahead(Place(place.step + 1, tokens, self.config.steps))
         done = finish(launched, self.optimizer, self.folder.failures, self.world)
+        if self.world.size > 1 and self.config.precision.compute == "float8":
+            from benthic.model.float8 import forget_copies
+
+            forget_copies(self.model)
         self.step, self.tokens = done.step, tokens
         if self.average is not None:
             self.average.update(self.weights(), self.step)

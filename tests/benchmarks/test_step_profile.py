@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity
 
 from benchmarks import step_profile
 from benchmarks.gpu_timing import Limits
+from benchmarks.triton_launches import Launch
 
 LIMITS = Limits(copy=4e12, bf16=800e12, fp8=1600e12)
 
@@ -92,6 +93,24 @@ def test_triton_kernels_and_those_without_a_host_operation_go_by_their_own_name(
     assert step_profile.work_of("rms_norm_forward", host(1, "RMSNormBackward", [])).group == "rms_norm_forward"
     name = "void at::native::index_kernel<float, 4>(int, float*)"
     assert step_profile.work_of(name, None).group == "at::native::index_kernel"
+
+
+def test_triton_kernels_of_one_name_are_told_apart_by_the_order_of_their_launches():
+    events = [kernel("_forward", 3, 30, 2), kernel("_forward", 1, 10, 4), kernel("_take", 2, 20, 1)]
+    for number, event in zip((3, 1, 2), events, strict=True):
+        event["args"]["correlation"] = number
+    launches = [
+        Launch("_forward", "rms_norm.forward", bytes=8e6),
+        Launch("_take", "permutation.take", bytes=0),
+        Launch("_forward", "swiglu.forward", bytes=4e6),
+    ]
+    rows = {row["group"]: row for row in step_profile.operations(events, LIMITS, launches)}
+    assert rows["rms_norm.forward"]["seconds"] == pytest.approx(4e-6)
+    assert rows["rms_norm.forward"]["share_of_limit"] == pytest.approx(0.5)
+    assert rows["swiglu.forward"]["gigabytes_per_second"] == pytest.approx(2000)
+    assert set(rows) == {"rms_norm.forward", "swiglu.forward", "permutation.take"}
+    # An event more than there were launches: nobody knows which is which.
+    assert "_forward" in {row["group"] for row in step_profile.operations([*events, events[0] | {}], None, launches)}
 
 
 def test_rows_are_longest_first_and_shares_add_up():

@@ -75,6 +75,17 @@ def test_a_small_arm_makes_real_updates():
     assert result["tflops"] == pytest.approx(result["tokens_per_second"] * result["flops_per_token"] / 1e12)
 
 
+def test_a_profile_is_kept_beside_the_result(tmp_path):
+    path = train_gpu.profile_path(tmp_path / "train_gpu.json", "bf16")
+    train_arm.measure(SMALL, "cpu", path)
+    assert path.name == "train_gpu_profile_bf16.json"
+    found = json.loads(path.read_text())
+    assert found["arm"]["model"] == "tiny"
+    assert {"span_seconds", "idle_seconds", "launches", "operations", "limits", "step_seconds"} <= set(found)
+    if not torch.cuda.is_available():
+        assert found["operations"] == []  # a processor has no kernels
+
+
 def test_every_batch_is_new_and_spread_over_the_vocabulary():
     config = train_config(SMALL)
     batches = train_arm.random_batches(config)
@@ -100,11 +111,11 @@ def test_arms_are_merged_and_failures_kept(gpu, processes, tmp_path):
 
 def test_an_arm_that_never_ends_is_stopped_and_recorded(gpu, monkeypatch):
     def run(command, timeout, **options):
-        raise subprocess.TimeoutExpired(command, timeout)
+        raise subprocess.TimeoutExpired(command, timeout, stderr=b"compiling ...\n")
 
     monkeypatch.setattr(subprocess, "run", run)
     document = train_gpu.measure(train_gpu.Options(arms=("bf16",), arm_seconds=7), None, add=False)
-    assert document["arms"]["bf16"]["error"] == "stopped after 7 s"
+    assert document["arms"]["bf16"]["error"] == "stopped after 7 s: compiling ..."
 
 
 def test_peers_that_are_not_installed_are_left_out_unless_named(monkeypatch, capsys):
@@ -134,6 +145,12 @@ def test_the_table_tells_speed_spread_memory_and_errors(gpu, processes):
     assert ours.split()[-4:] == ["87.4", "87.5", "90.0", "0.25"]
     assert "no kernel image" in broken
     assert "MaxVio" in head
+
+
+def test_the_table_tells_how_many_times_as_fast_a_pair_is(gpu, processes):
+    document = train_gpu.measure(train_gpu.Options(arms=("bf16",)), None, add=False)
+    document["arms"]["torchtitan-bf16"] = document["arms"]["bf16"] | {"tokens_per_second": 8e3}
+    assert train_gpu.table(document).endswith("bf16 is 1.25 times as fast as torchtitan-bf16\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

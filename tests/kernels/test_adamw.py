@@ -1,4 +1,4 @@
-"""The one-pass AdamW equals the reference: every mixture of dtypes, clipped, odd sizes, and nothing where not finite."""
+"""The one-pass AdamW equals the reference: dtypes, clipping, odd sizes; nothing changes where not finite."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ LOADS = {
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize(("tokens", "experts", "chosen"), [(1, 4, 1), (13, 5, 2), (6, 16, 3), (140, 4, 4)])
+@pytest.mark.parametrize(("tokens", "experts", "chosen"), [(1, 4, 1), (13, 16, 3), (40, 4, 4)])
 def test_grouped_experts_and_their_gradients(tokens, experts, chosen, load, dtype, allowed, device):
     torch.manual_seed(0)
     picks = LOADS[load](tokens, experts, chosen).to(device)

@@ -61,3 +61,17 @@ def test_retiling_keeps_what_one_scale_can_hold():
     columns, column_scales = reference.retile_columns(values, scales, torch.tensor([256], dtype=torch.int32))
     restored = plain.dequantise_rows(columns[:, :256], column_scales[:2]).T
     assert torch.equal(restored, plain.dequantise_rows(values, scales))
+
+
+@pytest.mark.parametrize("uneven", [0, 2])
+def test_retiling_is_as_near_as_quantising_the_original_by_powers_of_two(uneven):
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.exp(uneven * torch.randn(1000, 1, generator=generator))
+    x, ends = torch.randn(1000, 256, generator=generator) * sizes, torch.tensor([1000], dtype=torch.int32)
+
+    def error(columns: tuple[torch.Tensor, torch.Tensor]) -> float:
+        restored = plain.dequantise_rows(*columns)[:, :1000].T
+        return float((restored - x).norm() / x.norm())
+
+    retiled = error(reference.retile_columns(*plain.quantise_rows(x, power_of_two=True), ends))
+    assert retiled == pytest.approx(error(plain.quantise_columns(x, ends, power_of_two=True)), rel=1e-3)

@@ -10,9 +10,11 @@ from benthic import load_model, save_model
 from benthic.config import ModelConfig
 from benthic.errors import ConfigError
 from benthic.model import LanguageModel
-from benthic.model.float8 import Float8ExpertLayer, Float8Linear, WeightCopies, use_float8
+from benthic.model.cache import Cache
+from benthic.model.float8 import Float8ExpertLayer, Float8Linear, Float8OutputLinear, WeightCopies, use_float8
 from benthic.model.initialisation import initialise
 from benthic.ops import float8
+from benthic.train.recomputation import recompute
 from tests.model.configs import tiny
 
 SMALL = ModelConfig(
@@ -88,6 +90,20 @@ def test_a_resumed_run_goes_on_bit_by_bit():
     assert [run.update() for _ in range(3)] == [resumed.update() for _ in range(3)]
 
 
+@pytest.mark.parametrize("kind", ["up_projections", "layer"])
+def test_what_is_computed_again_changes_no_bit(kind):
+    gradients = []
+    for chosen in ("none", kind):
+        trained = model(True)
+        recompute(trained, chosen)
+        states = trained.states(torch.arange(24).view(2, 12), num_predictions=1)
+        (states.hidden.float().square().sum() + states.predictions[0].float().sum()).backward()
+        gradients.append({name: weight.grad for name, weight in trained.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            assert torch.equal(gradient, gradients[1][name]), name
+
+
 def test_names_parameters_and_state_stay(tmp_path):
     plain = model(False)
     quantised = model(False)
@@ -147,6 +163,28 @@ def test_a_width_that_does_not_fit_is_left_and_told(caplog):
     assert not any(isinstance(module, Float8ExpertLayer) for module in trained.modules())
     initialise(trained, 0)
     assert trained(torch.arange(8)[None]).isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_model_without_latents_trains_too(heads):
+    config = tiny(hidden_size=64, intermediate_size=96, num_key_value_heads=heads, qkv_bias=True, output_bias=True)
+    trained = model(True, config)
+    assert sum(type(module) is Float8OutputLinear for module in trained.modules()) == 3
+    found, expected = trained(torch.arange(12)[None]), model(False, config)(torch.arange(12)[None])
+    assert (found - expected).norm() < 0.1 * expected.norm()
+    found.float().logsumexp(-1).sum().backward()
+    assert trained.model.layers[0].self_attn.k_proj.bias.grad.any()
+
+
+def test_prefix_and_continuation_of_a_cached_text_agree():
+    trained = model(True)
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        cache = Cache(SMALL, 2, 12, dtype=torch.bfloat16)
+        first = trained(tokens[:, :7], cache=cache)
+        rest = trained(tokens[:, 7:], cache=cache)
+        whole = trained(tokens)
+    assert (torch.cat((first, rest), 1) - whole).norm() < 0.1 * whole.norm()
 
 
 def test_a_model_in_float32_is_refused():

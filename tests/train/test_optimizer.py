@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from benthic.config.train import OptimizerConfig
+from benthic.config.train import OptimizerConfig, PrecisionConfig
 from benthic.errors import CheckpointError, ConfigError
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
-from benthic.train.ema import Average
+from benthic.train.ema import Average, OffloadedAverage
+from benthic.train.offload import Lanes
 from benthic.train.optimizer import Optimizer
-from tests.train.small import small_model
+from tests.train.small import small_model, small_run
 
 MATRIX = "model.layers.0.self_attn.o_proj.weight"
 GAIN = "model.norm.weight"
@@ -145,3 +146,104 @@ def test_saved_tensors_of_another_model_or_without_moments_are_refused():
         optimizer.load(masters, moment, 3)
     with pytest.raises(CheckpointError, match=r"the saved weight of model.norm.weight is \[7\]; the config makes it"):
         optimizer.load(masters | {GAIN: torch.ones(7)}, moment, 3)
+
+
+def narrow(offload=False, **settings):
+    """A bfloat16 model with bfloat16 moments: on a processor the way of a GPU, by the reference."""
+    model = LanguageModel(small_model(), dtype=torch.bfloat16)
+    initialise(model, 0)
+    return model, Optimizer(model, OptimizerConfig(**settings), "bfloat16", offload)
+
+
+def backward(model, count):
+    for name, parameter in model.named_parameters():
+        (parameter.float() * torch.sin(parameter.detach().float() * (count + 1) + len(name))).sum().backward()
+
+
+def test_a_lone_gradient_stays_as_it_was_written_and_a_second_makes_a_float32_sum():
+    model, optimizer = narrow()
+    weight = model.get_parameter(MATRIX)
+    (weight.sum() * 2.0**-9).backward()
+    assert optimizer.gradients()[MATRIX].dtype == torch.bfloat16
+    for _ in range(299):
+        (weight.sum() * 2.0**-9).backward()
+    assert optimizer.gradients()[MATRIX].dtype == torch.float32
+    assert optimizer.gradients()[MATRIX].unique().tolist() == [300 * 2.0**-9]
+    assert optimizer.gradient_norm().item() == pytest.approx(300 * 2.0**-9 * weight.numel() ** 0.5)
+
+
+def test_bfloat16_moments_train_like_float32_ones():
+    ends = []
+    for moments in ("float32", "bfloat16"):
+        model = LanguageModel(small_model())
+        initialise(model, 0)
+        optimizer = Optimizer(model, OptimizerConfig(), moments)
+        for count in range(8):
+            optimizer.zero_gradients()
+            backward(model, count)
+            optimizer.step(1e-3, optimizer.gradient_norm())
+        assert {one.dtype for one in optimizer.moments().values()} == {getattr(torch, moments)}
+        ends.append(model.get_parameter(MATRIX).detach())
+    start = LanguageModel(small_model())
+    initialise(start, 0)
+    moved = (ends[0] - start.get_parameter(MATRIX)).norm()
+    assert (ends[0] - ends[1]).norm() < 0.01 * moved
+
+
+def test_nothing_changes_where_the_flag_says_so():
+    for moments in ("float32", "bfloat16"):
+        model = LanguageModel(small_model())
+        initialise(model, 0)
+        optimizer = Optimizer(model, OptimizerConfig(), moments)
+        backward(model, 0)
+        optimizer.step(1e-3, optimizer.gradient_norm())
+        before = {name: one.clone() for name, one in (optimizer.moments() | optimizer.masters).items()}
+        optimizer.step(1e-3, optimizer.gradient_norm(), torch.tensor(False))
+        for name, one in (optimizer.moments() | optimizer.masters).items():
+            assert torch.equal(one, before[name]), name
+
+
+def test_moments_and_masters_kept_elsewhere_come_to_the_same_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(Lanes.pieces, "__defaults__", (100,))
+    ends = []
+    for offload in (False, True):
+        model, optimizer = narrow(offload)
+        for count in range(3):
+            optimizer.zero_gradients()
+            backward(model, count)
+            optimizer.step(1e-2, optimizer.gradient_norm())
+        ends.append(optimizer.masters | optimizer.moments() | dict(model.named_parameters()))
+    for name, one in ends[0].items():
+        assert torch.equal(one, ends[1][name]), name
+
+
+def test_an_average_kept_elsewhere_comes_to_the_same_bit_for_bit():
+    model, _ = build()
+    weights = dict(model.named_parameters())
+    here, elsewhere = Average(weights, 0.9), OffloadedAverage(weights, 0.9)
+    for count in range(1, 5):
+        elsewhere.let_go()
+        with torch.no_grad():
+            for one in weights.values():
+                one.add_(torch.sin(one * count))
+        here.update(weights, count)
+        elsewhere.update(weights, count)
+    for name, one in here.tensors.items():
+        assert torch.equal(one, elsewhere.tensors[name]), name
+
+
+def test_moments_that_bfloat16_would_hold_still_are_refused():
+    with pytest.raises(ConfigError, match=r"optimizer.beta2 is 0.999; moments in bfloat16 need at most 0.996094"):
+        small_run(optimizer=OptimizerConfig(beta2=0.999), precision=PrecisionConfig(moments="bfloat16"))
+    small_run(optimizer=OptimizerConfig(beta2=0.999))
+
+
+@pytest.mark.parametrize("name", ["offload_average", "offload_optimizer"])
+def test_a_processor_has_nothing_to_move_away(name):
+    with pytest.raises(ConfigError, match=f"memory.{name} moves things from a GPU to the processor, and device is cpu"):
+        small_run(memory={name: True})
+
+
+def test_an_average_that_is_not_kept_cannot_be_moved():
+    with pytest.raises(ConfigError, match=r"memory\.offload_average needs optimizer\.ema_decay"):
+        small_run(device="cuda", optimizer=OptimizerConfig(), memory={"offload_average": True})

@@ -277,6 +277,45 @@ def test_bfloat16_with_float32_masters_learns(tmp_path):
     assert not torch.equal(master, master.bfloat16().float())
 
 
+NARROW = {"compute": "bfloat16", "moments": "bfloat16"}
+
+
+def test_a_bfloat16_run_with_bfloat16_moments_continues_bit_for_bit(tmp_path):
+    config = small_run(steps=7, precision=NARROW, memory={"recomputation": "up_projections"})
+    run(config, tmp_path / "whole")
+    run(config.replace(steps=4), tmp_path / "run")
+    run(config, tmp_path / "run", resume=True)
+    (tensors, numbers), (others, other_numbers) = final_state(tmp_path / "whole"), final_state(tmp_path / "run")
+    assert numbers["loader"] == other_numbers["loader"] == numbers["loader"] | {"position": 7 * 4}
+    assert {one.dtype for name, one in tensors.items() if name.startswith("moments/")} == {torch.bfloat16}
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def test_a_float8_run_continues_bit_for_bit(tmp_path):
+    config = small_run(
+        steps=3,
+        precision={"compute": "float8", "moments": "bfloat16"},
+        evaluation=EvaluationConfig(every=100, final_max_tokens=50),
+    )
+    run(config, tmp_path / "whole")
+    run(config.replace(steps=2), tmp_path / "run")
+    run(config, tmp_path / "run", resume=True)
+    (tensors, _), (others, _) = final_state(tmp_path / "whole"), final_state(tmp_path / "run")
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def test_recomputation_may_change_on_resume(tmp_path):
+    run(small_run(steps=4), tmp_path / "run")
+    config = small_run(steps=7, memory={"recomputation": "layer"})
+    run(config, tmp_path / "run", resume=True)
+    run(small_run(steps=7), tmp_path / "whole")
+    (tensors, _), (others, _) = final_state(tmp_path / "whole"), final_state(tmp_path / "run")
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
 def fast():
     return OptimizerConfig(learning_rate=Schedule(peak=1e-2), weight_decay=0.0)
 
