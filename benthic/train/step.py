@@ -67,13 +67,6 @@ class Launched:
     batch: Batch
 
 
-def update(
-    model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig, failures: Path
-) -> Update:
-    """One update of `model` on `batch` ([B, S + 1] tokens), launched and awaited."""
-    return finish(launch(model, optimizer, batch, place, config), optimizer, failures)
-
-
 def launch(
     model: LanguageModel,
     optimizer: Optimizer,
