@@ -7,7 +7,7 @@ Experts that no other rank holds are left out of it: they are this rank's own, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -54,10 +54,17 @@ def block(parameter: nn.Parameter) -> Tensor:
     return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def spread(model: nn.Module, config: ModelConfig, world: World, compute: torch.dtype) -> None:
+def spread(
+    model: nn.Module,
+    config: ModelConfig,
+    world: World,
+    compute: torch.dtype,
+    in_float8: Collection[str] = (),
+) -> None:
     """Cut `model` (on the meta device or a real one, float32) to this rank's part, in place; one process: nothing.
 
-    Its parameters are then sharded DTensors that compute as `compute`; `model.states` and calls gather them.
+    Its parameters are then sharded DTensors that compute as `compute`; `model.states` and calls gather them. Rows of
+    experts whose parameters are named by `in_float8` travel in FP8.
     """
     if world.dense is None or world.experts is None:
         return
@@ -72,7 +79,8 @@ def spread(model: nn.Module, config: ModelConfig, world: World, compute: torch.d
         _cut_experts(experts, world, torch.float32 if copies.size() > 1 else compute)
         owner, _, name = path.rpartition(".")
         group = world.experts["expert"].get_group()
-        exchanged = ExchangedExpertLayer(parts["gate"], experts, parts.get("shared_experts"), group)
+        narrow = f"{path}.experts.gate_up_proj" in in_float8
+        exchanged = ExchangedExpertLayer(parts["gate"], experts, parts.get("shared_experts"), group, narrow)
         setattr(model.get_submodule(owner), name, exchanged)
         if copies.size() > 1:
             _shard(experts, copies, policy, keeps, own, _shard_experts(world.grid.experts[2]))

@@ -76,13 +76,14 @@ class Trainer:
         """Allocated: whole where this process is alone, this rank's part otherwise."""
         alone = self.world.size == 1
         model = LanguageModel(self.config.model, self.device if alone else torch.device("meta"), self._dtype)
+        in_float8: tuple[str, ...] = ()
         if self.config.precision.compute == "float8":
             from benthic.model.float8 import use_float8
 
-            use_float8(model)
+            in_float8 = use_float8(model).quantised
         if alone:
             return model
-        spread(model.float(), self.config.model, self.world, self._dtype)
+        spread(model.float(), self.config.model, self.world, self._dtype, in_float8)
         return model.to_empty(device=self.device)
 
     def _first_weights(self) -> None:

@@ -6,6 +6,9 @@ import torch.distributed as dist
 
 from benthic.config.parallel import ParallelConfig
 from benthic.model.feed_forward import ExpertLayer
+from benthic.model.float8 import use_float8
+from benthic.model.initialisation import initialise
+from benthic.model.language_model import LanguageModel
 from benthic.parallel.exchange import agree_on_splits, exchanged
 from benthic.parallel.experts import ExchangedExpertLayer
 from benthic.parallel.world import joined
@@ -63,6 +66,50 @@ def test_a_spread_layer_is_the_layer_of_one_process(skewed):
         parts = [found[name] for found in ranks]
         joint = torch.cat(parts) if name.startswith("experts.") else torch.stack(parts).sum(0)
         torch.testing.assert_close(joint, one.grad, msg=name)
+
+
+FLOAT8 = small_model(hidden_size=64, moe_intermediate_size=48)
+
+
+def float8_layer() -> ExpertLayer:
+    torch.manual_seed(0)
+    model = LanguageModel(FLOAT8, dtype=torch.bfloat16)
+    initialise(model, 0)
+    use_float8(model)
+    return model.model.layers[1].mlp
+
+
+def spread_out_in_float8() -> dict[str, torch.Tensor]:
+    with joined(ParallelConfig(shard=RANKS, expert=RANKS), FLOAT8, torch.device("cpu")) as world:
+        whole = float8_layer()
+        for name, one in list(whole.experts.named_parameters()):
+            setattr(whole.experts, name, torch.nn.Parameter(one.detach().chunk(RANKS)[world.rank].clone()))
+        group = world.experts["expert"].get_group()
+        spread = ExchangedExpertLayer(whole.gate, whole.experts, whole.shared_experts, group, narrow=True)
+        x, grad = wide_inputs()
+        mine = x.chunk(RANKS)[world.rank].clone().requires_grad_()
+        out, _ = spread(mine)
+        out.backward(grad.chunk(RANKS)[world.rank])
+        found = {"out": out.detach(), "x": mine.grad}
+        return found | {name: one.grad for name, one in spread.named_parameters() if "experts." in name}
+
+
+def wide_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(4, 8, 64).bfloat16(), torch.randn(4, 8, 64).bfloat16()
+
+
+def test_a_layer_whose_rows_travel_in_float8_is_the_float8_layer_of_one_process():
+    ranks = on_ranks(RANKS, spread_out_in_float8)
+    whole, (x, grad) = float8_layer(), wide_inputs()
+    x.requires_grad_()
+    out, _ = whole(x)
+    out.backward(grad)
+    assert torch.equal(torch.cat([found["out"] for found in ranks]), out.detach())
+    torch.testing.assert_close(torch.cat([found["x"] for found in ranks]), x.grad, rtol=2e-2, atol=1e-2)
+    for name, one in whole.experts.named_parameters():
+        joint = torch.cat([found[f"experts.{name}"] for found in ranks])
+        assert float((joint - one.grad).float().norm() / one.grad.float().norm()) < 0.02, name
 
 
 def tagged_rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
