@@ -174,6 +174,8 @@ class CheckpointConfig(Settings):
     keep: Positive | None = 2
     export_weights: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Number format of the finished model folder."""
+    asynchronous: bool = False
+    """Whether training goes on while a state is written, from a copy in the processor's memory; one save at a time."""
     export_average: bool = False
     """Whether the finished model holds the averaged weights (optimizer.ema_decay) or the last ones."""
 

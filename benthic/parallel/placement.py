@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from benthic.config.manifest import Parameter, parameters
@@ -183,7 +184,8 @@ def _split(part: Part, dimension: int, pieces: int, index: int) -> Part:
 
 
 def as_distributed(row: Parameter, block: Tensor, world: World) -> Tensor:
-    """A rank's block as the DTensor of the whole, for a checkpoint; alone, the tensor itself."""
+    """A rank's block as the DTensor of the whole, for a checkpoint; alone, the tensor itself. The block stays where it
+    is: from_local would copy one on the processor to the mesh's GPU."""
     if world.dense is None or world.experts is None:
         return block
     placements: list[Placement]
@@ -197,7 +199,8 @@ def as_distributed(row: Parameter, block: Tensor, world: World) -> Tensor:
         mesh = world.dense["replicate", "shard"]
         placements = [Replicate(), Replicate() if row.group == "routing_bias" else Shard(0)]
     stride = tuple(prod(row.shape[axis + 1 :]) for axis in range(len(row.shape)))
-    return DTensor.from_local(block, mesh, placements, run_check=False, shape=torch.Size(row.shape), stride=stride)
+    facts = TensorMeta(torch.Size(row.shape), stride, block.dtype)
+    return DTensor(block, DTensorSpec(mesh, tuple(placements), tensor_meta=facts), requires_grad=False)
 
 
 def sum_gradients(model: nn.Module, is_last: bool, world: World) -> None:

@@ -3,6 +3,7 @@ meshes nor collectives, and every method hands back what it was given."""
 
 from __future__ import annotations
 
+import copy
 import datetime
 import logging
 import os
@@ -60,6 +61,13 @@ class World:
         """Which share of a batch this rank reads, of `layout.data`."""
         _, replica, shard, _ = self.grid.dense_place(self.rank)
         return replica * self.grid.dense[2] + shard
+
+    def aside(self) -> World:
+        """The same world, whose words between hosts do not mix with those of this one: for another thread."""
+        other = copy.copy(self)
+        if self.size > 1:
+            other.control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        return other
 
     def add_up(self, *tensors: Tensor) -> None:
         """Sum each tensor over all ranks, in place."""

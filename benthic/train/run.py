@@ -133,10 +133,12 @@ def _train(trainer: Trainer, stop: StopRequest) -> bool:
             _between_updates(trainer, display)
             trainer.meter.unpause(paused)
         if not world.agree(bool(stop.received)):
+            trainer.finish_saving()
             _finish(trainer, display)
             return True
         if trainer.saved != trainer.step:
             trainer.save()
+        trainer.finish_saving()
         stop.received = stop.received or signal.SIGTERM  # it came to another rank
         display.note(f"{stop.received.name}: saved step {trainer.step}; continue with --resume")
         return False

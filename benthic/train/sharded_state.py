@@ -66,7 +66,7 @@ class ShardedStates:
             begun = True
             self._world.agree(False)
             self._write(folder, state, what)
-            write_numbers(folder, state.progress)
+            write_numbers(folder, state)
 
         try:
             publish_folder(final, what, fill)

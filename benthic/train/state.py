@@ -47,12 +47,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One saved state in memory: numbers and named tensors."""
+    """One saved state in memory: numbers and named tensors, and where torch's generators were when it was made."""
 
     progress: Progress
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     average: Mapping[str, Tensor] | None
+    generators: Mapping[str, Tensor] = field(default_factory=lambda: _generators())
 
 
 def complete_states(checkpoints: Path) -> list[Path]:
@@ -79,17 +80,17 @@ def save_state(checkpoints: Path, state: State, keep: int | None) -> Path:
         write_tensors(folder / "moments.safetensors", state.moments)
         if state.average is not None:
             write_tensors(folder / "average.safetensors", state.average)
-        write_numbers(folder, state.progress)
+        write_numbers(folder, state)
 
     publish_folder(final, f"the training state of step {step}", fill)
     keep_newest(checkpoints, keep)
     return final
 
 
-def write_numbers(folder: Path, progress: Progress) -> None:
+def write_numbers(folder: Path, state: State) -> None:
     """What of a state is no weight, the last to be written into its folder."""
-    write_tensors(folder / "random.safetensors", _generators())
-    numbers = {"format": FORMAT, "torch": torch.__version__, **asdict(progress)}
+    write_tensors(folder / "random.safetensors", state.generators)
+    numbers = {"format": FORMAT, "torch": torch.__version__, **asdict(state.progress)}
     write_atomic(folder / "state.json", json.dumps(numbers, indent=2) + "\n")
     sync(folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
 from benthic.parallel.placement import forget_gathered, local, parts, spread
 from benthic.parallel.world import ALONE, World
+from benthic.train.background import Background, aside
 from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
@@ -66,7 +68,8 @@ class Trainer:
         self.average = self._average()
         compute = config.precision.compute
         self.meter = Meter(config.model, config.data.sequence_length, self.device, compute, world.size)
-        self._states = ShardedStates(config.model, world)
+        self._saving = Background()
+        self._states = ShardedStates(config.model, world.aside() if config.checkpoint.asynchronous else world)
         self.step = self.tokens = 0
         self.saved: int | None = None
         self.best: dict[str, Any] = {}
@@ -233,11 +236,16 @@ class Trainer:
             corpus=self.corpus.manifest.key,
         )
         state = State(progress, self.weights(), self.optimizer.moments(), average)
-        if self.world.size == 1:
-            save_state(self.folder.checkpoints, state, self.config.checkpoint.keep)
+        write = save_state if self.world.size == 1 else self._states.save
+        if self.config.checkpoint.asynchronous:
+            self._saving.begin(partial(write, self.folder.checkpoints, aside(state), self.config.checkpoint.keep))
         else:
-            self._states.save(self.folder.checkpoints, state, self.config.checkpoint.keep)
+            write(self.folder.checkpoints, state, self.config.checkpoint.keep)
         self.saved = self.step
+
+    def finish_saving(self) -> None:
+        """Wait for a state that is still being written; errors as `save_state`'s."""
+        self._saving.finish()
 
     def restore(self) -> None:
         """Continue from the newest saved state; from the start when the run was stopped before its first."""

@@ -30,7 +30,7 @@ def a_run(**changes) -> TrainConfig:
     settings = dict(
         steps=30,
         evaluation=EvaluationConfig(every=1000, max_tokens=100, final_max_tokens=100),
-        checkpoint=CheckpointConfig(every=2, keep=2),
+        checkpoint=CheckpointConfig(every=2, keep=2, asynchronous=True),
         logging=LoggingConfig(every=1),
         parallel=ParallelConfig(shard=2, expert=2),
     )

@@ -27,7 +27,7 @@ def a_run(layout: str, steps: int = UPDATES) -> TrainConfig:
         model=small_model(vocab_size=323, hidden_size=36, moe_intermediate_size=12),
         batch={"sequences": 4, "micro_sequences": 1},
         evaluation=EvaluationConfig(every=100, max_tokens=100, final_max_tokens=100),
-        checkpoint=CheckpointConfig(every=UPDATES, keep=None),
+        checkpoint=CheckpointConfig(every=UPDATES, keep=None, asynchronous=bool(layout)),
         parallel=ParallelConfig.parse(layout),
     )
 
