@@ -87,6 +87,10 @@ class Trainer:
         if alone:
             return model
         spread(model.float(), self.config.model, self.world, self._dtype, in_float8)
+        if in_float8:
+            from benthic.model.float8 import keep_no_copies
+
+            keep_no_copies(model)
         return model.to_empty(device=self.device)
 
     def _first_weights(self) -> None:
@@ -151,10 +155,6 @@ class Trainer:
         # A GPU is still working on this batch.
         self.feed.read_ahead(Place(place.step + 1, tokens, self.config.steps))
         done = finish(launched, self.optimizer, self.folder.failures, self.world)
-        if self.world.size > 1 and self.config.precision.compute == "float8":
-            from benthic.model.float8 import forget_copies
-
-            forget_copies(self.model)
         self.step, self.tokens = done.step, tokens
         if self.average is not None:
             self.average.update(self.weights(), self.step)
