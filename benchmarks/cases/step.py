@@ -12,9 +12,10 @@ from torch import Tensor
 from benchmarks.forward_backward import Runs, error, exact
 from benchmarks.kernel_case import Case
 from benthic import ops
+from benthic.kernels.cross_entropy import cross_entropy_
 from benthic.numerics.reference import adamw as reference
 from benthic.numerics.reference.adamw import Rule
-from benthic.ops.adamw import adamw, gradient_norm
+from benthic.ops.adamw import adamw, gradient_norms
 
 TOLERANCE = 2e-2
 RULE = Rule(learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, updates=1)
@@ -28,6 +29,9 @@ def cases(device: str) -> Iterator[Case]:
     for tokens, width, vocabulary in ((8192, 7168, 129280), (16384, 2048, 102400)):
         yield _head(tokens, width, vocabulary, device)
     shape = (64, 2816, 2048)
+    for rows, columns in ((8192, 102400), (8192, 129280)):
+        yield _loss(rows, columns, device)
+    yield _norm(device)
     for moments, size in ((torch.bfloat16, 20), (torch.float32, 28)):
         yield _adamw(shape, moments, size, device)
 
@@ -81,6 +85,46 @@ def _with_gradients(loss: Callable[[], Any], leaves: list[Tensor]) -> Callable[[
     return run
 
 
+def _loss(rows: int, columns: int, device: str) -> Case:
+    """Cross entropy in the logits' place. A run's logits are what its run before has left: only its first is judged."""
+    start = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+    targets = torch.randint(0, columns, (rows,), device=device)
+    judged = F.cross_entropy(start[:512].float(), targets[:512], reduction="none")
+    logits = start.clone()
+
+    def judge(found: Tensor) -> float:
+        logits.copy_(start)
+        return float((found[:512] - judged).norm() / judged.norm())
+
+    options: dict[str, dict[str, int]] = {
+        "benthic": {},
+        "benthic, unrolled twice": {"unroll": 2},
+        "benthic, blocks of 8192": {"largest_block": 8192},
+    }
+    runs: Runs = {
+        name: lambda chosen=chosen: cross_entropy_(logits, targets, 1.0 / rows, **chosen)
+        for name, chosen in options.items()
+    }
+    return Case("cross entropy in place", f"{rows}x{columns}", runs, judge, 1e-3, 4 * start.numel())
+
+
+def _norm(device: str) -> Case:
+    """Of gradients as a model has them: few large, many small."""
+    shapes = [(64, 2816, 2048), (64, 2048, 1408), *[(2048, 2048)] * 20, *[(2048,)] * 20]
+    gradients = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    expected = float(sum(one.double().square().sum() for one in gradients)) ** 0.5
+
+    def foreach() -> Tensor:
+        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+
+    runs: Runs = {"benthic": lambda: gradient_norms(gradients), "torch foreach": foreach}
+    elements = sum(one.numel() for one in gradients)
+    return Case(
+        "gradient norms", f"{len(shapes)} tensors, {elements >> 20} Mi", runs,
+        lambda found: abs(float(found.norm()) - expected) / expected, 1e-4, 2 * elements,
+    )  # fmt: skip
+
+
 def _adamw(shape: tuple[int, ...], moments: torch.dtype, size: int, device: str) -> Case:
     """One update with its clipping, from a bfloat16 gradient to a bfloat16 parameter; torch's has float32 gradients,
     as AdamW asks of them, and float32 moments."""
@@ -89,7 +133,7 @@ def _adamw(shape: tuple[int, ...], moments: torch.dtype, size: int, device: str)
     # An update changes what it works on, so each run has its own; it is compared after its first.
     states: dict[str, Any] = {}
     finite = torch.ones((), dtype=torch.bool, device=device)
-    norm = gradient_norm([gradient])
+    (norm,) = gradient_norms([gradient])
 
     def benthic() -> Tensor:
         if "benthic" not in states:

@@ -18,7 +18,7 @@ from benthic.config.train import OptimizerConfig
 from benthic.errors import CheckpointError
 from benthic.model.language_model import LanguageModel
 from benthic.numerics.reference.adamw import Rule
-from benthic.ops.adamw import gradient_norm
+from benthic.ops.adamw import gradient_norms
 from benthic.parallel.placement import block, local
 from benthic.parallel.world import ALONE, World
 from benthic.train.adamw import FIRST, SECOND, OnePass, OnProcessor
@@ -86,19 +86,18 @@ class Optimizer:
         for parameter in self._trained.values():
             parameter.grad = None
 
-    def gradient_norm(self) -> Tensor:
-        """The joint norm of all gradients, over all ranks, a float32 scalar."""
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The norm of each gradient by name, float32 scalars on the device."""
         found = self.gradients()
-        if self._world.size == 1:
-            return gradient_norm(list(found.values()))
-        routed = [gradient for name, gradient in found.items() if name in self._exchanged]
-        dense = [gradient for name, gradient in found.items() if name not in self._exchanged]
-        return self._world.joint_norm(*(gradient_norm(some) if some else None for some in (dense, routed)))
+        return dict(zip(found, gradient_norms(list(found.values())).unbind(), strict=True))
 
-    def bad_gradients(self) -> list[str]:
-        """Names of parameters whose gradient holds a value that is not finite."""
-        found = self.gradients()
-        return [name for name in self._parameters if name in found and not found[name].isfinite().all()]
+    def joint_norm(self, norms: Mapping[str, Tensor]) -> Tensor:
+        """The norm of all gradients together, on all ranks, from those of this rank's blocks by name."""
+        if self._world.size == 1:
+            return joint_norm(norms)
+        routed = {name: norm for name, norm in norms.items() if name in self._exchanged}
+        dense = {name: norm for name, norm in norms.items() if name not in self._exchanged}
+        return self._world.joint_norm(*(joint_norm(some) if some else None for some in (dense, routed)))
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_norm: Tensor, finite: Tensor | None = None) -> None:
@@ -150,6 +149,11 @@ class Optimizer:
                 found[name] = moments[f"{FIRST}.{name}"], moments[f"{SECOND}.{name}"]
         self.updates = updates
         self._adamw.take_over(found, updates)
+
+
+def joint_norm(norms: Mapping[str, Tensor]) -> Tensor:
+    """The norm of all gradients together, from that of each."""
+    return torch.linalg.vector_norm(torch.stack(list(norms.values())))
 
 
 def _refuse_other_shape(

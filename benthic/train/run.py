@@ -23,6 +23,9 @@ from benthic.train.progress import Lines, shown
 from benthic.train.signals import StopRequest, stop_requests
 from benthic.train.trainer import Trainer
 
+ASYNCHRONOUS = ("cuda",)
+"""Kinds of devices that work by themselves, and so can have the next update queued before this one is read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -127,12 +130,15 @@ def _train(trainer: Trainer, stop: StopRequest) -> bool:
         trainer.announce(display)
         trainer.meter.start()
         world = trainer.world
-        while trainer.step < config.steps and not world.agree(bool(stop.received)):
-            trainer.make_update(display)
+        stopping = world.agree(bool(stop.received))
+        while trainer.step < config.steps and (trainer.launched or not stopping):
+            ahead = trainer.device.type in ASYNCHRONOUS and not stopping and not _pauses(config, trainer.step + 1)
+            trainer.make_update(display, ahead)
             paused = trainer.meter.pause()
             _between_updates(trainer, display)
             trainer.meter.unpause(paused)
-        if not world.agree(bool(stop.received)):
+            stopping = world.agree(bool(stop.received))
+        if not stopping:
             trainer.finish_saving()
             _finish(trainer, display)
             return True
@@ -142,6 +148,12 @@ def _train(trainer: Trainer, stop: StopRequest) -> bool:
         stop.received = stop.received or signal.SIGTERM  # it came to another rank
         display.note(f"{stop.received.name}: saved step {trainer.step}; continue with --resume")
         return False
+
+
+def _pauses(config: TrainConfig, step: int) -> bool:
+    """Whether something is done with the model after update `step`."""
+    every = (config.evaluation.every, config.sampling.every, config.checkpoint.every)
+    return step == config.steps or any(step % each == 0 for each in every)
 
 
 def _between_updates(trainer: Trainer, display: Lines) -> None:

@@ -62,6 +62,8 @@ class Launched:
     scale: Scale
     learning_rate: float
     parts: list[Losses]
+    norms: dict[str, Tensor]
+    finite: Tensor
     numbers: Tensor
     loads: dict[int, Tensor]
     batch: Batch
@@ -73,10 +75,14 @@ def launch(
     batch: Batch,
     place: Place,
     config: TrainConfig,
+    before: Launched | None = None,
     world: World = ALONE,
 ) -> Launched:
-    """Enqueue an update on `batch`, which is the host's: this rank's share of the whole. One process alone does not
-    wait for its device here."""
+    """Enqueue an update on `batch`, which is the host's: this rank's share of the whole. One process alone waits for
+    no device here.
+
+    `before` is an update that has not been finished yet: where it fails, this one changes nothing either.
+    """
     masked = config.data.mask_documents
     ranks = config.parallel.data
     scale = Scale(world.total(int((labels(batch, 0, masked) != IGNORED).sum())), len(batch.tokens) * ranks)
@@ -91,13 +97,16 @@ def launch(
         part.total.backward()
         part.total = part.total.detach()
         parts.append(part)
-    norm = optimizer.gradient_norm()
+    norms = optimizer.gradient_norms()
+    norm = optimizer.joint_norm(norms)
     recorded = [torch.stack((part.main, part.prediction, part.balance, part.total)) for part in parts]
     sums = torch.stack(recorded).sum(0)
     loads = {layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads}
     world.add_up(sums, *loads.values())
     *seen, total = sums
     finite = norm.isfinite() & total.isfinite()
+    if before is not None:
+        finite &= before.finite
     learning_rate = value(config.optimizer.learning_rate, place)
     optimizer.step(learning_rate, norm, finite)
     balance, tokens = config.balance, batch.tokens[:, 1:].numel() * ranks
@@ -105,10 +114,10 @@ def launch(
     # Loads of zero are even loads: where the update must not happen, no bias moves.
     move_biases(routing_biases(model), {layer: load * finite for layer, load in loads.items()}, balance, speed)
     numbers = torch.stack([*seen, norm, finite.float()])
-    return Launched(place, scale, learning_rate, parts, numbers, loads, batch)
+    return Launched(place, scale, learning_rate, parts, norms, finite, numbers, loads, batch)
 
 
-def finish(launched: Launched, optimizer: Optimizer, failures: Path, world: World = ALONE) -> Update:
+def finish(launched: Launched, failures: Path, world: World = ALONE) -> Update:
     """Wait for an update and say what it saw.
 
     Raises NumericsError when the loss or the gradient was not finite: nothing has changed then, and the batch is left
@@ -126,7 +135,7 @@ def finish(launched: Launched, optimizer: Optimizer, failures: Path, world: Worl
         loads=launched.loads,
     )
     if not finite:
-        raise _not_finite(result, launched.parts, optimizer, launched.batch, failures, world)
+        raise _not_finite(result, launched, failures, world)
     return result
 
 
@@ -138,11 +147,10 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(tokens, documents)
 
 
-def _not_finite(
-    result: Update, parts: list[Losses], optimizer: Optimizer, batch: Batch, failures: Path, world: World
-) -> NumericsError:
-    bad_parameters = optimizer.bad_gradients()
-    bad_parts = [index for index, part in enumerate(parts) if not part.total.isfinite()]
+def _not_finite(result: Update, launched: Launched, failures: Path, world: World) -> NumericsError:
+    batch = launched.batch
+    bad_parameters = [name for name, norm in launched.norms.items() if not norm.isfinite()]
+    bad_parts = [index for index, part in enumerate(launched.parts) if not part.total.isfinite()]
     # A bad loss names the rank it came from; a bad gradient has reached others by the time it is seen.
     seen = world.first_true(bool(bad_parts))
     rank = world.first_true(bool(bad_parameters)) if seen is None else seen

@@ -111,11 +111,11 @@ def poisoned(config: TrainConfig, folder: Path) -> str:
     from benthic.train import trainer
 
     class Poisoned(trainer.Trainer):
-        def make_update(self, display):
+        def make_update(self, display, ahead):
             if self.step == 2 and self.world.rank == 1:
                 with torch.no_grad():
                     self.optimizer.masters["model.norm.weight"][0] = float("nan")
-            super().make_update(display)
+            super().make_update(display, ahead)
 
     from benthic.train import run as runs
 

@@ -43,13 +43,13 @@ def test_an_update_waits_for_nothing_before_its_end(recomputation, moments, tmp_
     optimizer = Optimizer(model, config.optimizer, moments)
     for count in (1, 2):
         launched = launch(model, optimizer, host_batch(count), Place(count, 64 * count, 9), config)
-        finish(launched, optimizer, tmp_path)
+        finish(launched, tmp_path)
     torch.cuda.set_sync_debug_mode("error")
     try:
         launched = launch(model, optimizer, host_batch(3), Place(3, 192, 9), config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert finish(launched, optimizer, tmp_path).loss > 0
+    assert finish(launched, tmp_path).loss > 0
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_an_update_is_the_same_in_micro_batches_loads_included(tmp_path: Path):
         adam = OptimizerConfig(learning_rate=1e-3, epsilon=1e-2)
         config = small_run(batch=BatchConfig(sequences=4, micro_sequences=size), optimizer=adam)
         optimizer = Optimizer(model, config.optimizer)
-        done = finish(launch(model, optimizer, random_batch(), Place(4, 0, 12), config), optimizer, tmp_path)
+        done = finish(launch(model, optimizer, random_batch(), Place(4, 0, 12), config), tmp_path)
         results.append((done, model.state_dict()))
     (one, weights), (other, others) = results
     assert {layer: load.tolist() for layer, load in one.loads.items()} == {

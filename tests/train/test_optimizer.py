@@ -9,7 +9,7 @@ from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
 from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.offload import Lanes
-from benthic.train.optimizer import Optimizer
+from benthic.train.optimizer import Optimizer, joint_norm
 from tests.train.small import small_model, small_run
 
 MATRIX = "model.layers.0.self_attn.o_proj.weight"
@@ -35,7 +35,7 @@ def test_two_updates_follow_the_formula_with_decay_on_matrices_alone():
     for count in (1, 2):
         set_gradients(model, 1.0, count)
         gradients = {name: one.grad.double().clone() for name, one in model.named_parameters()}
-        optimizer.step(0.01, optimizer.gradient_norm())
+        optimizer.step(0.01, joint_norm(optimizer.gradient_norms()))
         for name in (MATRIX, GAIN, "model.embed_tokens.weight", "lm_head.weight"):
             first[name] = 0.9 * first[name] + 0.1 * gradients[name]
             second[name] = 0.95 * second[name] + 0.05 * gradients[name] ** 2
@@ -50,7 +50,7 @@ def test_moonlights_groups_decay_norm_gains_too():
     for groups in (("matrix", "embedding"), ("matrix", "embedding", "gain")):
         model, optimizer = build(decayed_groups=groups)
         set_gradients(model, 0.0)
-        optimizer.step(0.5, optimizer.gradient_norm())
+        optimizer.step(0.5, joint_norm(optimizer.gradient_norms()))
         moved.append((model.get_parameter(GAIN)[0].item(), model.get_parameter(MATRIX).norm().item()))
     assert moved[0][0] == 1.0
     assert moved[1][0] == pytest.approx(0.95)
@@ -66,7 +66,7 @@ def test_gradients_are_scaled_to_the_clip_norm_and_the_norm_is_that_before():
     model, optimizer = build(clip_norm=1.0)
     set_gradients(model, 3.0)
     expected = torch.stack([one.grad.norm() for one in model.parameters()]).norm()
-    norm = optimizer.gradient_norm()
+    norm = joint_norm(optimizer.gradient_norms())
     optimizer.step(0.0, norm)
     after = torch.stack([one.grad.norm() for one in model.parameters()]).norm()
     assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -83,7 +83,7 @@ def test_a_bfloat16_model_adds_up_gradients_and_steps_in_float32():
     assert optimizer.gradients()[MATRIX].unique().tolist() == [300 * 2.0**-9]
     start = optimizer.masters[MATRIX].clone()
     for _ in range(3):
-        optimizer.step(1e-6, optimizer.gradient_norm())
+        optimizer.step(1e-6, joint_norm(optimizer.gradient_norms()))
     # Steps far below a bfloat16's spacing stay in the master.
     assert (optimizer.masters[MATRIX] - start).abs().min() > 2e-6
     assert torch.equal(weight, optimizer.masters[MATRIX].bfloat16())
@@ -102,7 +102,7 @@ def test_moments_and_masters_that_are_taken_over_continue_bit_for_bit():
             optimizer.zero_gradients()
             for name, parameter in model.named_parameters():
                 (parameter.float() * torch.sin(optimizer.masters[name] * (count + 1) + len(name))).sum().backward()
-            optimizer.step(1e-2, optimizer.gradient_norm())
+            optimizer.step(1e-2, joint_norm(optimizer.gradient_norms()))
         results.append(optimizer.masters)
     for name, master in results[0].items():
         assert torch.equal(master, results[1][name]), name
@@ -114,11 +114,13 @@ def test_missing_weights_are_named():
         optimizer.load({name: one for name, one in optimizer.masters.items() if name != "lm_head.weight"}, {}, 0)
 
 
-def test_parameters_with_a_gradient_that_is_not_finite_are_named():
+def test_a_gradient_that_is_not_finite_shows_in_its_own_norm_and_the_joint_one():
     model, optimizer = build()
     set_gradients(model, 1.0)
     model.get_parameter(MATRIX).grad[0, 0] = float("nan")
-    assert optimizer.bad_gradients() == [MATRIX]
+    norms = optimizer.gradient_norms()
+    assert [name for name, norm in norms.items() if not norm.isfinite()] == [MATRIX]
+    assert not joint_norm(norms).isfinite()
 
 
 def test_the_average_follows_its_formula_and_is_gone_after_use():
@@ -169,7 +171,7 @@ def test_a_lone_gradient_stays_as_it_was_written_and_a_second_makes_a_float32_su
         (weight.sum() * 2.0**-9).backward()
     assert optimizer.gradients()[MATRIX].dtype == torch.float32
     assert optimizer.gradients()[MATRIX].unique().tolist() == [300 * 2.0**-9]
-    assert optimizer.gradient_norm().item() == pytest.approx(300 * 2.0**-9 * weight.numel() ** 0.5)
+    assert joint_norm(optimizer.gradient_norms()).item() == pytest.approx(300 * 2.0**-9 * weight.numel() ** 0.5)
 
 
 def test_bfloat16_moments_train_like_float32_ones():
@@ -181,7 +183,7 @@ def test_bfloat16_moments_train_like_float32_ones():
         for count in range(8):
             optimizer.zero_gradients()
             backward(model, count)
-            optimizer.step(1e-3, optimizer.gradient_norm())
+            optimizer.step(1e-3, joint_norm(optimizer.gradient_norms()))
         assert {one.dtype for one in optimizer.moments().values()} == {getattr(torch, moments)}
         ends.append(model.get_parameter(MATRIX).detach())
     start = LanguageModel(small_model())
@@ -196,9 +198,9 @@ def test_nothing_changes_where_the_flag_says_so():
         initialise(model, 0)
         optimizer = Optimizer(model, OptimizerConfig(), moments)
         backward(model, 0)
-        optimizer.step(1e-3, optimizer.gradient_norm())
+        optimizer.step(1e-3, joint_norm(optimizer.gradient_norms()))
         before = {name: one.clone() for name, one in (optimizer.moments() | optimizer.masters).items()}
-        optimizer.step(1e-3, optimizer.gradient_norm(), torch.tensor(False))
+        optimizer.step(1e-3, joint_norm(optimizer.gradient_norms()), torch.tensor(False))
         for name, one in (optimizer.moments() | optimizer.masters).items():
             assert torch.equal(one, before[name]), name
 
@@ -211,7 +213,7 @@ def test_moments_and_masters_kept_elsewhere_come_to_the_same_bit_for_bit(monkeyp
         for count in range(3):
             optimizer.zero_gradients()
             backward(model, count)
-            optimizer.step(1e-2, optimizer.gradient_norm())
+            optimizer.step(1e-2, joint_norm(optimizer.gradient_norms()))
         ends.append(optimizer.masters | optimizer.moments() | dict(model.named_parameters()))
     for name, one in ends[0].items():
         assert torch.equal(one, ends[1][name]), name

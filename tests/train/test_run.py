@@ -188,6 +188,29 @@ def test_a_run_outside_the_main_thread_needs_no_signals(tmp_path):
     assert ends[0].step == 2
 
 
+@pytest.fixture
+def runs_ahead(monkeypatch):
+    """Launch the next update before the last one is waited for, as on a GPU."""
+    monkeypatch.setattr("benthic.train.run.ASYNCHRONOUS", ("cpu",))
+
+
+def test_a_run_ahead_of_its_updates_is_the_same_run(tmp_path, runs_ahead):
+    ahead, plain = tmp_path / "ahead", tmp_path / "plain"
+    run(small_run(), ahead)
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr("benthic.train.run.ASYNCHRONOUS", ())
+        run(small_run(), plain)
+    kept = [path.relative_to(plain) for path in plain.rglob("*.safetensors")]
+    assert len(kept) > 4
+    for name in kept:
+        assert (ahead / name).read_bytes() == (plain / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_an_update_launched_behind_one_that_fails_changes_nothing(tmp_path, monkeypatch, broken, runs_ahead):
+    test_a_value_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path, monkeypatch, broken)
+
+
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_value_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path, monkeypatch, broken):
     real = step.losses
@@ -209,7 +232,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(
     folder = tmp_path / "run" / "failures" / "step-00000004"
     assert str(folder) in caught.value.hint
     kept = load_file(folder / "batch.safetensors")
-    assert torch.equal(kept["tokens"][2:], calls[-1].tokens)
+    assert torch.equal(kept["tokens"][2:], calls[7].tokens)
     report = json.loads((folder / "report.json").read_text())
     assert report["step"] == 4
     assert report["micro_batches_with_bad_loss"] == ([1] if broken == "loss" else [])
