@@ -75,7 +75,8 @@ def _main(arguments: list[str]) -> int:
 
 def over_all_processes(parallel: ParallelConfig, settings: Mapping[str, str], processes: int) -> dict[str, str]:
     """`settings`, where they do not say what `shard` is, with all processes of torchrun that no other axis takes."""
-    if "parallel.shard" in settings or (parallel.world == processes and "parallel" not in " ".join(settings)):
+    named = any(name.startswith("parallel.") for name in settings)
+    if processes == 1 or "parallel.shard" in settings or (parallel.world == processes and not named):
         return dict(settings)
     taken = 1
     for axis in ("replicate", "pipeline", "tensor", "context"):
@@ -163,7 +164,10 @@ def print_plan(config: TrainConfig, device: str) -> None:
         "parameters": f"{count.total:,}, {count.active:,} active for a token; {count.mtp_unique:,} more predict ahead",
         "updates": f"{config.steps:,}, {plan.tokens:,} tokens",
         "FLOPs": f"{step.flops / step.tokens:.3e} a token, {step.flops / step.tokens * plan.tokens:.3e} in all",
-        "device": plan.device.title,
+        "device": plan.device.title
+        if config.parallel.world == 1
+        else f"{config.parallel.world:,} x {plan.device.title}",
+        **({} if config.parallel.world == 1 else {"layout": f"{config.parallel}; memory is the fullest rank's"}),
         "memory": f"{memory.total / 2**30:.2f} GiB at {memory.moment}, of {plan.device.memory_bytes / 2**30:.0f} GiB"
         + ("" if plan.fits else ": DOES NOT FIT"),
         **{f"  {part}": f"{size / 2**30:.3f} GiB" for part, size in memory.by_part.items()},

@@ -54,7 +54,7 @@ def training_of(config: TrainConfig, compute: str) -> Training:
 
 
 def plan_run(config: TrainConfig, device: Device) -> RunPlan:
-    """The plan of a run on one `device`; "auto" precision is what the trainer would choose there."""
+    """The plan of a run on one `device` a rank; "auto" precision is what the trainer would choose there."""
     compute = config.precision.compute
     if compute == "auto":
         compute = "float32" if device.name == "cpu" else "bfloat16"
@@ -63,8 +63,8 @@ def plan_run(config: TrainConfig, device: Device) -> RunPlan:
         device=device,
         parameters=count_parameters(config.model),
         tokens=planned_tokens(config),
-        memory=_on_device(training_memory(config.model, training, device=device), config),
-        step=step_time(config.model, training, device),
+        memory=_on_device(training_memory(config.model, training, config.parallel, device=device), config),
+        step=step_time(config.model, training, device, config.parallel),
     )
 
 
