@@ -15,8 +15,10 @@ from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError, PeerError, RunError, did_you_mean
 from benthic.log import logger
 
-FLAGS = ("--run-folder", "--resume", "--plan-only", "--plan-device", "--show-config", "--help", "-h")
-VALUED = ("--run-folder", "--plan-device")
+FLAGS = (
+    "--run-folder", "--resume", "--plan-only", "--plan-device", "--simulate-world", "--show-config", "--help", "-h",
+)  # fmt: skip
+VALUED = ("--run-folder", "--plan-device", "--simulate-world")
 
 EPILOG = """\
 Every setting is an option by its dotted name, `--show-config` lists them with their values:
@@ -47,13 +49,19 @@ def _main(arguments: list[str]) -> int:
     options = _parser().parse_args(own)
     folder, resume = options.run_folder, options.resume
     base = _base(options.recipe, folder, resume)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = options.simulate_world or int(os.environ.get("WORLD_SIZE", "1"))
     config = override(base, over_all_processes(base.parallel, settings, processes))
     if options.show_config:
         print(config.to_yaml(), end="")
         return 0
     if options.plan_only:
         print_plan(config, options.plan_device)
+        return 0
+    if options.simulate_world:
+        from benthic.train.simulation import simulate
+
+        for line in simulate(config):
+            print(line)
         return 0
     choose_waiting()
     from benthic.train.run import run
@@ -98,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
     parser.add_argument("--plan-only", action="store_true", help="print what the run takes, train nothing")
     parser.add_argument("--plan-device", default="cpu", help="where --plan-only plans it: cpu, h100, h200 ... (cpu)")
+    parser.add_argument(
+        "--simulate-world", type=int, metavar="N", help="check the layout of N ranks in this process, train nothing"
+    )
     parser.add_argument("--show-config", action="store_true", help="print the whole config as YAML, train nothing")
     return parser
 

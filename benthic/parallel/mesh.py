@@ -38,6 +38,20 @@ class Grid:
         return _digits(rank, self.experts)
 
 
+class Seat:
+    """One rank of a layout: all that decides which part of a model it holds."""
+
+    def __init__(self, layout: ParallelConfig, rank: int) -> None:
+        self.layout, self.rank = layout, rank
+        self.size, self.grid = layout.world, grid(layout)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this rank reads, of `layout.data`."""
+        _, replica, shard, _ = self.grid.dense_place(self.rank)
+        return replica * self.grid.dense[2] + shard
+
+
 def grid(layout: ParallelConfig) -> Grid:
     """The meshes of a layout. Without ZeRO (`zero` 0) nothing is split, so shard ranks are replicas too.
 

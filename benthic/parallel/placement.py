@@ -23,6 +23,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from benthic.config.manifest import Parameter, parameters
 from benthic.config.model import ModelConfig
 from benthic.parallel.experts import ExchangedExpertLayer
+from benthic.parallel.mesh import Seat
 from benthic.parallel.world import World
 
 
@@ -154,22 +155,22 @@ def shard_dimension(shape: tuple[int, ...], shards: int) -> int:
     return 0 if shape[0] % shards == 0 else 1
 
 
-def parts(config: ModelConfig, world: World) -> dict[str, Part]:
+def parts(config: ModelConfig, seat: Seat) -> dict[str, Part]:
     """The block of each manifest row that this rank holds. Arithmetic: no model is needed."""
-    return {row.name: part(row, world) for row in parameters(config)}
+    return {row.name: part(row, seat) for row in parameters(config)}
 
 
-def part(row: Parameter, world: World) -> Part:
+def part(row: Parameter, seat: Seat) -> Part:
     """The block of one row."""
     whole = Part.whole(row.shape)
-    if world.size == 1 or row.group == "routing_bias":
+    if seat.size == 1 or row.group == "routing_bias":
         return whole
-    if row.part == "routed" and world.layout.expert > 1:
-        _, _, shard, expert = world.grid.expert_place(world.rank)
-        mine = _split(whole, 0, world.layout.expert, expert)
-        shards = world.grid.experts[2]
+    if row.part == "routed" and seat.layout.expert > 1:
+        _, _, shard, expert = seat.grid.expert_place(seat.rank)
+        mine = _split(whole, 0, seat.layout.expert, expert)
+        shards = seat.grid.experts[2]
         return _split(mine, shard_dimension(mine.size, shards), shards, shard)
-    return _split(whole, 0, world.grid.dense[2], world.grid.dense_place(world.rank)[2])
+    return _split(whole, 0, seat.grid.dense[2], seat.grid.dense_place(seat.rank)[2])
 
 
 def _split(part: Part, dimension: int, pieces: int, index: int) -> Part:

@@ -21,7 +21,7 @@ from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
 from benthic.parallel.faults import one_speaks
-from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, Grid, description, grid, require_supported
+from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, Seat, description, require_supported
 
 TIMEOUT = datetime.timedelta(minutes=5)
 """How long a collective of an update waits for a rank that is alive and silent; a dead one is noticed at once."""
@@ -34,20 +34,19 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class World:
+class World(Seat):
     """This process among those of the run; `rank` 0 writes files and speaks."""
 
     def __init__(self, layout: ParallelConfig, device: torch.device) -> None:
-        self.layout, self.device = layout, device
-        self.size, self.rank = layout.world, 0
-        self.grid: Grid = grid(layout)
+        super().__init__(layout, dist.get_rank() if layout.world > 1 else 0)
+        self.device = device
         self.dense: DeviceMesh | None = None
         self.experts: DeviceMesh | None = None
         self.control: dist.ProcessGroup | None = None
         if self.size > 1:
-            self.rank = dist.get_rank()
             # Words between hosts go through their network, so that no GPU is waited for.
-            self.control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+            backend = "fake" if dist.get_backend() == "fake" else "gloo"
+            self.control = cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=PATIENCE))
             self.dense = init_device_mesh(device.type, self.grid.dense, mesh_dim_names=DENSE_AXES)
             self.experts = init_device_mesh(device.type, self.grid.experts, mesh_dim_names=EXPERT_AXES)
 
@@ -55,12 +54,6 @@ class World:
     def leads(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
-
-    @property
-    def data_rank(self) -> int:
-        """Which share of a batch this rank reads, of `layout.data`."""
-        _, replica, shard, _ = self.grid.dense_place(self.rank)
-        return replica * self.grid.dense[2] + shard
 
     def aside(self) -> World:
         """The same world, whose words between hosts do not mix with those of this one: for another thread."""
@@ -70,10 +63,13 @@ class World:
         return other
 
     def add_up(self, *tensors: Tensor) -> None:
-        """Sum each tensor over all ranks, in place."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+        """Sum each tensor over all ranks, in place; one message for all of a type."""
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors) if self.size > 1 else ():
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            joined = torch.cat([tensor.flatten() for tensor in alike])
+            dist.all_reduce(joined)
+            for tensor, total in zip(alike, joined.split([tensor.numel() for tensor in alike]), strict=True):
+                tensor.copy_(total.view_as(tensor))
 
     def agree(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
