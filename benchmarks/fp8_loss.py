@@ -1,13 +1,13 @@
 """Training in FP8 beside bfloat16: same model, text, order and seed, and how far the losses come apart.
 
-    python -m benchmarks.fp8_loss --out FOLDER [--arms bfloat16 float8 blocks] [--steps 1100] [--seconds 540]
+    python -m benchmarks.fp8_loss --out FOLDER [--arms bfloat16 float8 blocks] [--steps 1100] [--text FOLDER]
     python -m benchmarks.fp8_loss --out FOLDER --plot docs/fp8-loss.svg
 
 The model has DeepSeek-V3's parts (latent attention with compressed queries, 1 shared and 48 routed experts, sigmoid
-router whose bias evens the load) and 0.56 B parameters; the text is this Python's standard library. Losses are smoothed
-as the paper smooths its own (arXiv:2412.19437, section B.1: an exponential average of 0.9), and the difference is
-relative to bfloat16. `blocks` is the paper's warning (section B.2): FP8 whose gradients are quantised by 128 x 128
-instead of 1 x 128; it exists here alone.
+router whose bias evens the load) and 0.56 B parameters; the text is this Python's standard library or, larger, any
+folder of text. Losses are smoothed as the paper smooths its own (arXiv:2412.19437, section B.1: an exponential average
+of 0.9), and the difference is relative to bfloat16. `blocks` is the paper's warning (section B.2): FP8 whose gradients
+are quantised by 128 x 128 instead of 1 x 128; it exists here alone.
 
 FOLDER/fp8_loss.json is written every 50 updates. A run that was stopped keeps finished arms and starts the others anew.
 """
@@ -90,7 +90,8 @@ def train_config(options: argparse.Namespace, compute: str) -> TrainConfig:
         name="fp8-loss",
         model=model,
         data=DataConfig(
-            source=options.text,
+            source=options.text if options.text in ("stdlib", "procedural") else "folder",
+            path=None if options.text in ("stdlib", "procedural") else options.text,
             procedural_bytes=200_000,
             vocab_size=model.vocab_size,
             sequence_length=options.length,
@@ -112,7 +113,10 @@ def main() -> int:
         plot(document, options.plot)
         return 0
     began, device = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
-    document |= {"machine": describe(("torch", "triton")), "command": "python -m benchmarks." + " ".join(sys.argv)}
+    document |= {
+        "machine": describe(("torch", "triton")),
+        "command": "python -m benchmarks.fp8_loss " + " ".join(sys.argv[1:]),
+    }
     if device == "cuda":
         document["gpu"] = torch.cuda.get_device_name()
     for arm in options.arms:
@@ -144,7 +148,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--size", default="half-billion", choices=tuple(SIZES))
-    parser.add_argument("--text", default="stdlib", choices=("stdlib", "procedural"))
+    parser.add_argument("--text", default="stdlib", help="stdlib, procedural, or a folder of .py, .md, .txt and .rst")
     return parser.parse_args()
 
 

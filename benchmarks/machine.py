@@ -39,11 +39,13 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with a mark when files differ from it; where no repository came along, what the
-    environment's BENTHIC_COMMIT says."""
+    """What the environment's BENTHIC_COMMIT says, for a copy whose repository knows another; else the checkout's
+    commit, with a mark when files differ from it."""
+    if stated := os.environ.get("BENTHIC_COMMIT"):
+        return stated
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
     except OSError:
         found = ""
-    return found.strip() or os.environ.get("BENTHIC_COMMIT") or "no git checkout"
+    return found.strip() or "no git checkout"
