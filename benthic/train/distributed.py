@@ -1,4 +1,5 @@
-"""What a run on several ranks does beside training: one folder for all, a device each, batches that divide."""
+"""What a run on several ranks does beside training: a part of the model each, one folder for all, a device each,
+batches that divide."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import torch
 
 from benthic.config.train import TrainConfig
 from benthic.errors import BenthicError, ConfigError, RunError
+from benthic.model.language_model import LanguageModel
+from benthic.parallel.placement import spread
 from benthic.parallel.world import World
 from benthic.train.folder import RunFolder
 
@@ -61,3 +64,27 @@ def entered(path: Path, config: TrainConfig, resume: bool, world: World) -> Iter
             raise
         world.agree(False)
         yield folder
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """What weights are used in; FP8 copies are made of bfloat16 ones."""
+    return torch.float32 if config.precision.compute == "float32" else torch.bfloat16
+
+
+def build_model(config: TrainConfig, world: World, device: torch.device) -> LanguageModel:
+    """The model, allocated on `device`: whole where this process is alone, this rank's part otherwise."""
+    alone, dtype = world.size == 1, compute_dtype(config)
+    model = LanguageModel(config.model, device if alone else torch.device("meta"), dtype)
+    in_float8: tuple[str, ...] = ()
+    if config.precision.compute == "float8":
+        from benthic.model.float8 import use_float8
+
+        in_float8 = use_float8(model).quantised
+    if alone:
+        return model
+    spread(model.float(), config.model, world, dtype, in_float8)
+    if in_float8:
+        from benthic.model.float8 import keep_no_copies
+
+        keep_no_copies(model)
+    return model.to_empty(device=device)

@@ -18,10 +18,10 @@ from benthic.data import Loader, prepare
 from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
-from benthic.model.language_model import LanguageModel
-from benthic.parallel.placement import forget_gathered, local, parts, spread
+from benthic.parallel.placement import forget_gathered, local, parts
 from benthic.parallel.world import ALONE, World
 from benthic.train.background import Background, aside
+from benthic.train.distributed import build_model, compute_dtype
 from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
@@ -55,8 +55,8 @@ class Trainer:
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, but model.vocab_size is "
                 f"{config.model.vocab_size}"
             )
-        self._dtype = torch.float32 if config.precision.compute == "float32" else torch.bfloat16
-        self.model = self._model()
+        self._dtype = compute_dtype(config)
+        self.model = build_model(config, world, self.device)
         torch.manual_seed(config.seed)
         if not complete_states(folder.checkpoints):
             self._first_weights()
@@ -74,24 +74,6 @@ class Trainer:
         self.saved: int | None = None
         self.best: dict[str, Any] = {}
         self.validation: dict[str, Any] = {}
-
-    def _model(self) -> LanguageModel:
-        """Allocated: whole where this process is alone, this rank's part otherwise."""
-        alone = self.world.size == 1
-        model = LanguageModel(self.config.model, self.device if alone else torch.device("meta"), self._dtype)
-        in_float8: tuple[str, ...] = ()
-        if self.config.precision.compute == "float8":
-            from benthic.model.float8 import use_float8
-
-            in_float8 = use_float8(model).quantised
-        if alone:
-            return model
-        spread(model.float(), self.config.model, self.world, self._dtype, in_float8)
-        if in_float8:
-            from benthic.model.float8 import keep_no_copies
-
-            keep_no_copies(model)
-        return model.to_empty(device=self.device)
 
     def _first_weights(self) -> None:
         """Those of another model's folder, or random ones."""
