@@ -201,7 +201,7 @@ def as_distributed(row: Parameter, block: Tensor, world: World) -> Tensor:
         placements = [Replicate(), Replicate() if row.group == "routing_bias" else Shard(0)]
     stride = tuple(prod(row.shape[axis + 1 :]) for axis in range(len(row.shape)))
     facts = TensorMeta(torch.Size(row.shape), stride, block.dtype)
-    return DTensor(block, DTensorSpec(mesh, tuple(placements), tensor_meta=facts), requires_grad=False)
+    return DTensor(block.detach(), DTensorSpec(mesh, tuple(placements), tensor_meta=facts), requires_grad=False)
 
 
 def sum_gradients(model: nn.Module, is_last: bool, world: World) -> None:
