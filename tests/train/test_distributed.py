@@ -13,6 +13,8 @@ from benthic.train.run import run
 from tests.parallel.processes import on_ranks
 from tests.train.small import small_run
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = [
     (2, "fsdp=2"),
     (2, "fsdp=2,ep=2"),

@@ -21,6 +21,8 @@ from benthic.train.run import run
 from tests.parallel.processes import on_ranks
 from tests.train.small import small_run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
 """Within which a run with a dead rank must have ended or begun again."""

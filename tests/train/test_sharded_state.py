@@ -17,6 +17,8 @@ from benthic.train.trainer import Trainer
 from tests.parallel.processes import on_ranks
 from tests.train.small import small_model, small_run
 
+pytestmark = pytest.mark.slow
+
 UPDATES = 3
 
 
