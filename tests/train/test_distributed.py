@@ -86,3 +86,11 @@ def test_a_bfloat16_run_on_several_ranks_stays_near_that_of_one_process(tmp_path
     for one, other in zip(expected, found, strict=True):
         for name in ("loss", "val_loss"):
             assert other.get(name) == (one.get(name) and pytest.approx(one[name], rel=2e-2))
+
+
+@pytest.mark.parametrize("recomputation", ["up_projections", "layer"])
+def test_layers_computed_again_exchange_again_and_change_nothing(alone, tmp_path, recomputation):
+    config = a_run("fsdp=4,ep=2").replace(memory={"recomputation": recomputation}, steps=4)
+    on_ranks(4, train, config, tmp_path / "run")
+    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert losses == pytest.approx([row["loss"] for row in rows(alone) if "loss" in row][:4], rel=1e-5)
