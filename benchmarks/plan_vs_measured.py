@@ -1,12 +1,12 @@
 """Predicted against measured: memory and time of real training steps on one GPU.
 
-    python benchmarks/plan_vs_measured.py [--settings NAME ...] [--steps 5] [--output FILE]
-    python benchmarks/plan_vs_measured.py --again FILE
+    python -m benchmarks.plan_vs_measured [--settings NAME ...] [--steps 5] [--output FILE]
+    python -m benchmarks.plan_vs_measured --again FILE
 
-Each setting trains a real LanguageModel with the real optimiser on random tokens. Memory is compared with
-torch.cuda.max_memory_allocated. Time is predicted twice: from the device file, and from rates of single kernels
-measured in this run at the setting's shapes (kernel_rates.py), never from the step.
-A step whose gradient is not finite ends the benchmark.
+Each setting makes updates of benthic.train.step as the trainer does, on random tokens; in the first ten the routing
+biases spread the load. Memory is compared with torch.cuda.max_memory_allocated. Time is predicted twice: from the
+device file, and from rates of single kernels measured in this run at the setting's shapes (kernel_rates.py), never from
+the step. An update whose loss or gradient is not finite ends the benchmark.
 """
 
 from __future__ import annotations
@@ -14,34 +14,45 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import statistics
 import sys
-import time
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint
+
+from benchmarks.kernel_rates import with_measured_rates
+from benchmarks.machine import describe
+from benchmarks.train_arm import fill, timed_steps
+from benchmarks.train_arms import model_config
+from benthic.config.data import DataConfig
+from benthic.config.model import ModelConfig
+from benthic.config.train import (
+    BalanceConfig,
+    BatchConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    Schedule,
+    TrainConfig,
+)
+from benthic.data import Batch
+from benthic.model.language_model import LanguageModel
+from benthic.plan.activations import element_bytes, layer_activations
+from benthic.plan.devices import DEVICES, Device, Rate, find_device
+from benthic.plan.memory import TrainingMemory, training_memory
+from benthic.plan.training import Training
+from benthic.plan.training_time import StepTime, step_time
+from benthic.train.optimizer import Optimizer
+from benthic.train.recomputation import recompute
+from benthic.train.schedule import Place
+from benthic.train.step import Launched, Update, finish, launch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.kernel_rates import with_measured_rates  # noqa: E402
-from benchmarks.machine import describe  # noqa: E402
-from benthic.config.model import ModelConfig  # noqa: E402
-from benthic.config.train import BalanceConfig, OptimizerConfig  # noqa: E402
-from benthic.data.loader import Batch  # noqa: E402
-from benthic.errors import NumericsError  # noqa: E402
-from benthic.model import LanguageModel  # noqa: E402
-from benthic.plan.activations import layer_activations  # noqa: E402
-from benthic.plan.devices import DEVICES, Device, Rate, find_device  # noqa: E402
-from benthic.plan.memory import TrainingMemory, training_memory  # noqa: E402
-from benthic.plan.training import Training  # noqa: E402
-from benthic.plan.training_time import StepTime, step_time  # noqa: E402
-from benthic.train.loss import Scale, losses  # noqa: E402
-from benthic.train.optimizer import Optimizer, joint_norm  # noqa: E402
+WARM_UP = 10
+COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp8": "float8"}
 
 
 @dataclass(frozen=True)
@@ -53,73 +64,102 @@ class Setting:
 
 
 def settings() -> dict[str, Setting]:
-    """Sizes, batches and recomputation that put the highest moment at different places."""
-    lite = ModelConfig.from_pretrained("deepseek-v2-lite")
+    """Sizes, batches, precisions and recomputation that put the highest moment at different places. Those of V2-Lite's
+    widths are the training benchmark's model; the README shows the first."""
+    lite = model_config("lite")
     wide = ModelConfig.from_pretrained("deepseek-v3").replace(
         num_hidden_layers=2, first_k_dense_replace=1, n_routed_experts=16, n_group=1, topk_group=1, vocab_size=32768
     )
-    dense = ModelConfig.from_pretrained("olmo2-7b")
+    dense = ModelConfig.from_pretrained("olmo2-7b").replace(num_hidden_layers=8)
+    bf16 = Training(4096, 4, bf16_moments=True)
+    fp8 = replace(bf16, precision="fp8")
     return {
-        "v2-lite, 4 layers, 4 x 4096": Setting(lite.replace(num_hidden_layers=4), Training(4096, 4)),
-        "v2-lite, 8 layers, 4 x 4096": Setting(lite.replace(num_hidden_layers=8), Training(4096, 4)),
-        "v2-lite, 8 layers, 8 x 4096, layers recomputed": Setting(
-            lite.replace(num_hidden_layers=8), Training(4096, 8, recomputation="layer")
+        "v2-lite, 8 layers, 4 x 4096, bf16": Setting(lite, bf16),
+        "v2-lite, 8 layers, 4 x 4096, float8": Setting(lite, fp8),
+        "v2-lite, float32 moments, 4 x 4096, bf16": Setting(lite, replace(bf16, bf16_moments=False)),
+        "v2-lite, up-projections recomputed, 4 x 4096, bf16": Setting(
+            lite, replace(bf16, recomputation="up_projections")
         ),
-        "v2-lite, 6 layers, 1 x 2048, 4 micro-batches": Setting(
-            lite.replace(num_hidden_layers=6), Training(2048, 1, micro_batches=4)
+        "v2-lite, up-projections recomputed, 4 x 4096, float8": Setting(
+            lite, replace(fp8, recomputation="up_projections")
         ),
-        "v3 widths, 2 layers + MTP, 2 x 4096": Setting(wide, Training(4096, 2)),
-        "v3 widths, 2 layers + MTP, 4 x 4096, layers recomputed": Setting(
-            wide, Training(4096, 4, recomputation="layer")
+        "v2-lite, layers recomputed, 8 x 4096, bf16": Setting(
+            lite, replace(bf16, micro_batch=8, recomputation="layer")
         ),
-        "olmo2-7b, 8 layers, 4 x 4096": Setting(dense.replace(num_hidden_layers=8), Training(4096, 4)),
+        "v2-lite, layers recomputed, 8 x 4096, float8": Setting(
+            lite, replace(fp8, micro_batch=8, recomputation="layer")
+        ),
+        "v2-lite, 4 micro-batches, 1 x 2048, bf16": Setting(lite, Training(2048, 1, 4, bf16_moments=True)),
+        "v3 widths, 2 layers + MTP, bf16, 2 x 4096": Setting(wide, replace(bf16, micro_batch=2)),
+        "v3 widths, 2 layers + MTP, float8, 2 x 4096": Setting(wide, replace(fp8, micro_batch=2)),
+        "olmo2-7b, 8 layers, bf16, 4 x 4096": Setting(dense, bf16),
     }
 
 
-def build(setting: Setting) -> tuple[LanguageModel, Optimizer]:
-    """Model and optimiser on the GPU, filled there: drawing billions of numbers on a processor takes minutes."""
-    model = LanguageModel(setting.model, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(std=0.02)
-    if setting.training.recomputation == "layer":
-        for layer in model.model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    return model, Optimizer(model, OptimizerConfig())
+def train_config(setting: Setting, steps: int) -> TrainConfig:
+    """The run whose updates are measured. Biases move fast, so that the warm-up evens the loads out."""
+    training = setting.training
+    return TrainConfig(
+        name="plan-vs-measured",
+        model=setting.model,
+        data=DataConfig(source="procedural", vocab_size=264, sequence_length=training.sequence_length),
+        steps=WARM_UP + steps + 2,
+        optimizer=OptimizerConfig(learning_rate=Schedule(peak=1e-4)),
+        batch=BatchConfig(
+            sequences=Schedule(peak=training.micro_batch * training.micro_batches), micro_sequences=training.micro_batch
+        ),
+        balance=BalanceConfig(speed=Schedule(peak=1e-2)),
+        precision=PrecisionConfig(
+            compute=COMPUTE[training.precision], moments="bfloat16" if training.bf16_moments else "float32"
+        ),
+        memory=MemoryConfig(recomputation=training.recomputation),
+    )
 
 
-def step(model: LanguageModel, optimizer: Optimizer, batch: Batch, training: Training) -> None:
-    """One update, as train/step.py takes it."""
-    optimizer.zero_gradients()
-    scale = Scale(batch.tokens[:, 1:].numel(), len(batch.tokens))
-    for start in range(0, len(batch.tokens), training.micro_batch):
-        rows = slice(start, start + training.micro_batch)
-        micro = Batch(batch.tokens[rows], batch.documents[rows])
-        losses(model, micro, scale, False, 0.3, BalanceConfig()).total.backward()
-    norm = joint_norm(optimizer.gradient_norms())
-    if not math.isfinite(norm):
-        raise NumericsError(f"the gradient's norm is {float(norm)}; nothing is measured on a step that is wrong")
-    optimizer.step(1e-4, norm)
+def build(config: TrainConfig) -> LanguageModel:
+    """The model as the trainer makes it, filled on the GPU."""
+    dtype = torch.float32 if config.precision.compute == "float32" else torch.bfloat16
+    model = LanguageModel(config.model, device="cuda", dtype=dtype)
+    fill(model, config.seed)
+    if config.precision.compute == "float8":
+        from benthic.model.float8 import use_float8
+
+        use_float8(model)
+    recompute(model, config.memory.recomputation)
+    return model
+
+
+def make_step(config: TrainConfig) -> Callable[[], Update]:
+    """A function that makes the next update, launched before the last is waited for, as the trainer's are."""
+    model = build(config)
+    optimizer = Optimizer(model, config.optimizer, config.precision.moments)
+    stream = torch.Generator().manual_seed(config.seed)
+    shape = (int(config.batch.sequences.peak), config.data.sequence_length + 1)
+    ahead: Launched | None = None
+    failures = Path(tempfile.gettempdir()) / "benthic-bench-failures"
+
+    def started(number: int, before: Launched | None) -> Launched:
+        tokens = torch.randint(config.model.vocab_size, shape, generator=stream)
+        place = Place(number, (number - 1) * shape[0] * (shape[1] - 1), config.steps)
+        return launch(model, optimizer, Batch(tokens, torch.zeros_like(tokens)), place, config, before)
+
+    def step() -> Update:
+        nonlocal ahead
+        current = ahead or started(1, None)
+        ahead = started(current.place.step + 1, current)
+        return finish(current, failures)
+
+    return step
 
 
 def measure(setting: Setting, steps: int) -> dict:
-    """Highest allocated bytes and seconds a step, after two steps of warm-up."""
-    training = setting.training
-    model, optimizer = build(setting)
-    stream = torch.Generator(device="cuda").manual_seed(0)
-    shape = (training.micro_batch * training.micro_batches, training.sequence_length + 1)
-    tokens = torch.randint(setting.model.vocab_size, shape, generator=stream, device="cuda")
-    batch = Batch(tokens, torch.zeros_like(tokens))
-    for _ in range(2):
-        step(model, optimizer, batch, training)
+    """Highest allocated bytes and seconds a step, after the warm-up."""
+    step = make_step(train_config(setting, steps))
+    for _ in range(WARM_UP):
+        step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step(model, optimizer, batch, training)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+    seconds, _ = timed_steps(step, steps, "cuda")
     return {
         "allocated_bytes": torch.cuda.max_memory_allocated(),
         "reserved_bytes": torch.cuda.max_memory_reserved(),
@@ -136,14 +176,14 @@ def this_device() -> Device:
     return found[0]
 
 
-def kept_ratio(config: ModelConfig) -> float:
+def kept_ratio(setting: Setting) -> float:
     """Predicted over counted bytes that autograd keeps of a small model on this GPU, with its own kernels."""
-    small = config.replace(num_hidden_layers=2, first_k_dense_replace=1, vocab_size=1024)
-    if config.n_routed_experts:
+    precision = setting.training.precision
+    small = setting.model.replace(num_hidden_layers=2, first_k_dense_replace=1, vocab_size=1024)
+    if small.n_routed_experts:
         small = small.replace(n_routed_experts=8, n_group=1, topk_group=1)
-    training = Training(256, 2)
-    model, _ = build(Setting(small, training))
-    tokens = torch.zeros(training.micro_batch, training.sequence_length, dtype=torch.int64, device="cuda")
+    model = build(train_config(Setting(small, Training(256, 2, precision=precision)), 1))
+    tokens = torch.zeros(2, 256, dtype=torch.int64, device="cuda")
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,14 +194,15 @@ def kept_ratio(config: ModelConfig) -> float:
     depths = small.num_nextn_predict_layers
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         states = model.states(tokens, num_predictions=depths)
-    fixed = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), tokens)}
-    # Router weights in float32 and rotations do not grow with tokens.
-    counted = sum(size for pointer, size in storages.items() if pointer not in fixed and size % tokens.numel() == 0)
+    rotations = model._rotations.rows(0, tokens.shape[1], tokens.device)
+    others = (*model.parameters(), *model.buffers(), tokens, rotations)
+    fixed = {tensor.untyped_storage().data_ptr() for tensor in others}
+    counted = sum(size for pointer, size in storages.items() if pointer not in fixed)
     layers = range(small.num_hidden_layers + depths)
-    per_token = sum(one.bytes for layer in layers for one in layer_activations(small, layer, "bf16", "none"))
+    per_token = sum(one.bytes for layer in layers for one in layer_activations(small, layer, precision, "none"))
     del states, model
     clear()
-    return (per_token + 2 * small.hidden_size + 4) * tokens.numel() / counted
+    return (per_token + element_bytes(precision) * small.hidden_size + 4) * tokens.numel() / counted
 
 
 def compare(name: str, setting: Setting, device: Device, steps: int) -> dict:
@@ -208,6 +249,8 @@ def predict_again(path: Path) -> None:
     result, known = json.loads(path.read_text(encoding="utf-8")), settings()
     device = find_device(result["device"])
     for row in result["rows"]:
+        if row["setting"] not in known:
+            sys.exit(f"{path} has a setting this program does not know: {row['setting']}")
         setting = known[row["setting"]]
         memory = training_memory(setting.model, setting.training)
         row |= {"predicted_bytes": round(memory.allocated), "moment": memory.moment}
@@ -266,15 +309,18 @@ def main() -> None:
     result = {
         "name": "plan_vs_measured",
         "machine": describe(("torch", "triton"))
-        | {"gpu": torch.cuda.get_device_name(), "command": "python " + " ".join(sys.argv)},
+        | {
+            "gpu": torch.cuda.get_device_name(),
+            "command": "python -m benchmarks.plan_vs_measured " + " ".join(sys.argv[1:]),
+        },
         "device": device.name,
         "steps": arguments.steps,
-        "kept_bytes_ratio": {name: kept_ratio(known[name].model) for name in arguments.settings},
+        "kept_bytes_ratio": {name: kept_ratio(known[name]) for name in arguments.settings},
         "rows": [],
     }
     for name, ratio in result["kept_bytes_ratio"].items():
         print(f"{name:58} bytes kept between forward and backward, predicted / counted: {ratio:.3f}")
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"plan_vs_measured_{device.name}.json"
+    output = arguments.output or ROOT / "benchmarks" / "results" / "plan_vs_measured.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'':58} memory: predicted, measured, ratio   time: device file, rates measured here, measured, two ratios")
     for name in arguments.settings:

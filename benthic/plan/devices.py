@@ -24,20 +24,25 @@ MemoryWork = Literal[
     "widen",
     "narrow",
     "accumulate",
-    "broadcast",
-    "strided",
-    "join",
     "gather",
     "scatter_add",
     "norm",
+    "heads",
+    "gated",
+    "rows",
+    "loss",
     "reduction",
-    "softmax",
     "optimizer",
+    "quantise",
+    "retile",
+    "quantise_weights",
+    "gated_fp8",
 ]
-"""Kinds of memory-bound torch kernels whose bandwidths differ: contiguous arrays of one dtype; bfloat16 to float32;
-float32 to bfloat16; adding bfloat16 to float32 in place; a product with a row's or column's factor; parts of rows;
-joining parts of rows; copying rows by number; adding rows by number (atomic, and read before they are written); RMS
-norm, both passes; sums and maxima; softmax to float32; the fused optimiser over many arrays."""
+"""Kinds of memory-bound kernels whose bandwidths differ. torch's: contiguous arrays of one dtype; bfloat16 to float32;
+float32 to bfloat16; adding bfloat16 to float32 in place; copying rows by number; adding rows by number (atomic, and
+read before they are written). benthic's, both passes: RMS norm; heads of attention turned and joined; SwiGLU; rows to
+experts and back; the loss in its logits' place; norms of gradients, and sums; one-pass AdamW; FP8 by rows, down the
+tokens from FP8, of weights with their transpose, and SwiGLU that reads and writes it."""
 MEMORY_WORKS: tuple[MemoryWork, ...] = get_args(MemoryWork)
 
 GIB = 2**30
@@ -62,8 +67,9 @@ class Device:
     nodes, both as achieved by all-to-all where known. `dollars_per_hour` is an assumption to be overridden.
     `memory_bandwidth` is that of a large copy, `measured_bandwidth` what other kinds of kernels reach, reads and writes
     counted. `launch_seconds` is the least time between two kernels that torch launches one after another.
-    `context_bytes` of its memory go to CUDA itself, its libraries and their workspaces, which torch does not count as
-    allocated; `allocator_loss` is the share of the peak that the caching allocator may lose between its blocks.
+    The loss holds `logits_at_a_time` (ops/linear_cross_entropy.py). `context_bytes` of its memory go to CUDA itself,
+    its libraries and their workspaces, which torch does not count as allocated; `allocator_loss` is the share of the
+    peak that the caching allocator may lose between its blocks.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Device:
     measured: dict[tuple[Work, Precision], Rate] = field(default_factory=dict)
     measured_bandwidth: dict[MemoryWork, Rate] = field(default_factory=dict)
     like: str | None = None
+    logits_at_a_time: int = 1 << 31
     allocator_loss: float = 0.03
     context_bytes: float = 0.7 * GIB
 
@@ -111,15 +118,18 @@ class Device:
 
 
 _HOPPER_PEAK: dict[Precision, float] = {"fp8": 1978.9 * TERA, "bf16": 989.4 * TERA, "fp32": 66.9 * TERA}
+_GROUPED = "64 experts of 1,536 rows, 2816x2048 and 2048x1408, and 32 of 1,024, 4096x7168 and 7168x2048, mean, H200"
+_FP8_PRODUCTS = "benthic's grouped_matmul_fp8, all 124 calls of a profiled step, V2-Lite's widths, torch 2.11, H200"
+_FP8_GRADIENTS = "benthic's grouped_weight_gradient_fp8, all 62 calls of the same step, H200"
 _H200_MEASURED: dict[tuple[Work, Precision], Rate] = {
     ("matmul", "bf16"): Rate(783 * TERA, "torch 2.11 matmul 8192^3, H200"),
-    ("matmul", "fp8"): Rate(877 * TERA, "torch F.scaled_mm 1x128 by 128x128, 4096x7168x2048, H200"),
+    ("matmul", "fp8"): Rate(1238 * TERA, _FP8_PRODUCTS),
     ("weight_gradient", "bf16"): Rate(783 * TERA, "torch 2.11 matmul 8192^3, H200"),
-    ("weight_gradient", "fp8"): Rate(891 * TERA, "DeepGEMM 2.5.0 k-grouped, 4 groups, fp32 output, H200"),
-    ("grouped", "bf16"): Rate(620 * TERA, "torch F.grouped_mm, 32 experts 4096x7168 and 7168x2048, mean, H200"),
-    ("grouped", "fp8"): Rate(1300 * TERA, "DeepGEMM 2.5.0 grouped, H200"),
-    ("grouped_weight_gradient", "bf16"): Rate(580 * TERA, "torch F.grouped_mm backward, 32 experts, mean, H200"),
-    ("grouped_weight_gradient", "fp8"): Rate(620 * TERA, "DeepGEMM 2.5.0 k-grouped, 16 experts, fp32 output, H200"),
+    ("weight_gradient", "fp8"): Rate(999 * TERA, _FP8_GRADIENTS),
+    ("grouped", "bf16"): Rate(675 * TERA, f"torch F.grouped_mm both ways, whole tiles, {_GROUPED}"),
+    ("grouped", "fp8"): Rate(1238 * TERA, _FP8_PRODUCTS),
+    ("grouped_weight_gradient", "bf16"): Rate(595 * TERA, f"torch F.grouped_mm, {_GROUPED}"),
+    ("grouped_weight_gradient", "fp8"): Rate(999 * TERA, _FP8_GRADIENTS),
     ("attention", "bf16"): Rate(605 * TERA, "cuDNN through SDPA, causal 192/128, 4096 positions, 128 heads, H200"),
     ("attention_backward", "bf16"): Rate(360 * TERA, "cuDNN through SDPA, causal 192/128, H200"),
     ("decode", "bf16"): Rate(576 * TERA, "FA3 in MLA mode, 128 sequences, 128 heads, 4096 positions, H200"),
@@ -136,20 +146,26 @@ _H800_MEASURED: dict[tuple[Work, Precision], Rate] = {
 }
 # Single kernels, each alone, at the shapes of seven training settings of three models: the median.
 _KERNEL_RATES = "benchmarks/kernel_rates.py, median of seven settings, torch 2.11, H200"
+# Single kernels within a profiled step (benthic bench train --profile): bytes of all calls over the time of all calls.
+_PROFILED = "all calls of the kernel in a profiled step of the training benchmark, V2-Lite's widths, torch 2.11, H200"
 _H200_BANDWIDTH: dict[MemoryWork, Rate] = {
     "elementwise": Rate(4.27 * TERA, f"product of two bf16 arrays, {_KERNEL_RATES}"),
     "widen": Rate(2.15 * TERA, f"bf16 to float32, {_KERNEL_RATES}"),
     "narrow": Rate(4.32 * TERA, f"float32 to bf16, {_KERNEL_RATES}"),
     "accumulate": Rate(2.83 * TERA, f"a bf16 array added to a float32 one, {_KERNEL_RATES}"),
-    "broadcast": Rate(2.71 * TERA, f"rows times a factor each, {_KERNEL_RATES}"),
-    "strided": Rate(1.92 * TERA, f"silu(gate) * up of halves of rows, {_KERNEL_RATES}"),
-    "join": Rate(0.95 * TERA, f"torch.cat of a query's two parts, {_KERNEL_RATES}"),
     "gather": Rate(4.0 * TERA, f"index_select of rows, {_KERNEL_RATES}"),
     "scatter_add": Rate(0.73 * TERA, f"index_add_ of bf16 rows, {_KERNEL_RATES}"),
-    "norm": Rate(2.66 * TERA, f"RMS norm and its backward, {_KERNEL_RATES}"),
-    "reduction": Rate(3.70 * TERA, f"sum over choices, {_KERNEL_RATES}"),
-    "softmax": Rate(0.89 * TERA, f"softmax of bf16 logits in float32, {_KERNEL_RATES}"),
-    "optimizer": Rate(3.46 * TERA, f"fused AdamW, {_KERNEL_RATES}"),
+    "norm": Rate(3.97 * TERA, f"RMS norm with and without residual sum, {_PROFILED}"),
+    "heads": Rate(4.03 * TERA, f"latent heads, {_PROFILED}"),
+    "gated": Rate(4.19 * TERA, f"SwiGLU, {_PROFILED}"),
+    "rows": Rate(3.95 * TERA, f"rows to experts and sums over choices, {_PROFILED}"),
+    "loss": Rate(2.43 * TERA, f"cross entropy in place, {_PROFILED}"),
+    "reduction": Rate(2.35 * TERA, f"torch._foreach_norm of bf16 gradients, {_PROFILED}"),
+    "optimizer": Rate(4.06 * TERA, f"AdamW in one pass, {_PROFILED}"),
+    "quantise": Rate(4.15 * TERA, f"quantise_rows, {_PROFILED}"),
+    "retile": Rate(2.08 * TERA, f"retile_columns, {_PROFILED}"),
+    "quantise_weights": Rate(3.90 * TERA, f"quantise_weights_with_transpose, {_PROFILED}"),
+    "gated_fp8": Rate(3.80 * TERA, f"SwiGLU in FP8, {_PROFILED}"),
 }
 _LAUNCH = Rate(8.2e-6, f"adding 1 to one number 1000 times from Python, {_KERNEL_RATES}")
 _ASSUMED_PRICE = "assumption: rental by the hour"
@@ -225,6 +241,7 @@ _CPU = Device(
     dollars_per_hour=Rate(0.1, _ASSUMED_PRICE),
     multiprocessors=2,
     launch_seconds=Rate(2e-6, "assumed: calling a torch operation"),
+    logits_at_a_time=1 << 20,
     allocator_loss=0.0,
     context_bytes=0.0,
 )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benthic.plan.devices import Device, MemoryWork
-from benthic.plan.training import TrainingPrecision
 
 Phase = Literal["forward", "backward"]
 
@@ -29,26 +28,23 @@ class Kernels:
 
 
 def both_ways(
-    block: str, name: str, forward: float, backward: float, role: str = "other", routed: bool = False
+    block: str, name: str, kind: MemoryWork, forward: float, backward: float, role: str = "other", routed: bool = False
 ) -> Iterator[Kernels]:
-    """An operation whose passes are one copy-like kernel each."""
-    yield Kernels(block, name, "forward", "elementwise", forward, role=role, routed=routed)
-    yield Kernels(block, name, "backward", "elementwise", backward, role=role, routed=routed)
+    """An operation whose passes are one kernel each."""
+    yield Kernels(block, name, "forward", kind, forward, role=role, routed=routed)
+    yield Kernels(block, name, "backward", kind, backward, role=role, routed=routed)
 
 
 def moving_seconds(
-    kernels: Iterable[Kernels], items: float, device: Device, precision: TrainingPrecision, imbalance: float = 0.0
+    kernels: Iterable[Kernels], items: float, device: Device, imbalance: float = 0.0
 ) -> dict[str, float]:
     """Time of kernels one after another over `items`, by what they are called in a step: their bytes at the bandwidth
-    of their kind, and no less than launching them takes. Fused kernels (fp8) are taken to move bytes as a copy does,
-    launched ahead of time."""
+    of their kind, and no less than launching them takes."""
     seconds: dict[str, float] = {}
     for one in kernels:
         moved = items * one.bytes * (1 + imbalance if one.routed else 1)
-        if precision == "fp8":
-            name, taken = "memory-bound", moved / device.memory_bandwidth.value
-        else:
-            launching = one.launches * device.launch_seconds.value
-            name, taken = f"memory-bound, {one.kind}", max(moved / device.bandwidth(one.kind).value, launching)
+        launching = one.launches * device.launch_seconds.value
+        taken = max(moved / device.bandwidth(one.kind).value, launching)
+        name = f"memory-bound, {one.kind}"
         seconds[name] = seconds.get(name, 0.0) + taken
     return seconds

@@ -2,8 +2,8 @@
 
 A matrix product takes the longer of FLOPs / rate and bytes / bandwidth. Attention's backward does five products to the
 forward's two. Memory-bound work takes its bytes over the bandwidth of its kind of kernel (traffic.py), or, where a
-profile of the real system says what share of the time it takes, that share. No kernel of the plain path takes less
-time than launching it. Exchange is counted apart: schedules differ in what they hide.
+profile of the real system says what share of the time it takes, that share. No counted kernel takes less time than
+launching it. Exchange is counted apart: schedules differ in what they hide.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from benthic.plan.traffic import (
     head_weight_traffic,
     layer_traffic,
 )
-from benthic.plan.training import LOGITS_AT_A_TIME, Training
+from benthic.plan.training import Training
 
 OVERLAP_STALL = 129.0 / 124.0 - 1
 """What an overlapped forward and backward pair takes beyond its computation: 129.0 ms with 124 ms of busy compute
@@ -66,12 +66,12 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Overheads:
     """What a profile of the real system replaces. `memory_share` is the memory-bound share of compute time; None
-    counts the plain path's bytes. `group_limit` is whether routing keeps a token to few nodes."""
+    counts kernels and their bytes. `group_limit` is whether routing keeps a token to few nodes."""
 
     memory_share: float | None = None
     overlap_stall: float = OVERLAP_STALL
     group_limit: bool = True
-    source: str = "bytes of the plain path over the bandwidth of each kind of kernel"
+    source: str = "bytes of each kernel over the bandwidth of its kind"
 
 
 def layer_pieces(
@@ -89,7 +89,7 @@ def layer_pieces(
     ]
     arithmetic = [replace(piece, seconds=piece.seconds / layout.tensor) for piece in arithmetic]
     if overheads.memory_share is None:
-        moving = [*_plain_traffic(config, training, device, layout, layer), *_casts(forward, device, layout)]
+        moving = _counted_traffic(config, training, device, layout, layer)
     else:
         moving = _shared_traffic(arithmetic, overheads.memory_share)
     return [*arithmetic, *moving, *_exchange(config, training, device, layout, layer, overheads)]
@@ -106,21 +106,28 @@ def head_pieces(
     seconds = flops / device.rate("matmul", precision).value
     found = [Piece("head", "forward", seconds), Piece("head", "backward", seconds)]
     found.append(Piece("head", "weight", flops / device.rate("weight_gradient", precision).value))
-    blocks = math.ceil(tokens / max(1, LOGITS_AT_A_TIME // config.vocab_size))
+    if overheads.memory_share is not None:
+        return [*found, _fused_loss(heads * tokens * config.vocab_size / layout.tensor, device)]
+    blocks = max(1, math.ceil(tokens * config.vocab_size / device.logits_at_a_time))
     kernels = heads * head_traffic(config, training.precision, blocks)
     shared = head_weight_traffic(training.precision, blocks, heads)
     size = config.vocab_size * config.hidden_size / layout.tensor
     for phase in ("forward", "backward"):
         found += _moving(kernels, phase, tokens / layout.tensor, device, training)
         found += _moving(shared, phase, size, device, training)
-    return found if training.precision == "fp8" else [*found, *_accumulation(size, device, training)]
+    return [*found, *_accumulation(size, device, training)]
+
+
+def _fused_loss(logits: float, device: Device) -> Piece:
+    """Beside a trace that does not show it: one kernel that passes over the logits four times in bfloat16."""
+    return Piece("memory-bound", "forward", 4 * BF16_ELEMENT * logits / device.memory_bandwidth.value)
 
 
 def embedding_pieces(
     config: ModelConfig, training: Training, device: Device, layout: ParallelConfig, overheads: Overheads
 ) -> list[Piece]:
-    """The input embedding's micro-batch; nothing where a profile says what memory-bound work takes, or all is fused."""
-    if overheads.memory_share is not None or training.precision == "fp8":
+    """The input embedding's micro-batch; nothing where a profile says what memory-bound work takes."""
+    if overheads.memory_share is not None:
         return []
     tokens = _call(training, layout).tokens / layout.tensor
     size = config.vocab_size * config.hidden_size / layout.tensor
@@ -138,7 +145,7 @@ def _accumulation(elements: float, device: Device, training: Training) -> list[P
 
 def _moving(kernels: Iterable[Kernels], phase: str, items: float, device: Device, training: Training) -> list[Piece]:
     chosen = [one for one in kernels if one.phase == phase]
-    times = moving_seconds(chosen, items, device, training.precision, training.expert_imbalance)
+    times = moving_seconds(chosen, items, device, training.expert_imbalance)
     return [Piece(part, phase, seconds) for part, seconds in times.items()]
 
 
@@ -175,10 +182,7 @@ def _on_rank(operation: Operation, training: Training, layout: ParallelConfig) -
         weights = operation.weight_bytes / layout.expert
         moved = operation.activation_bytes * rows
         operation = replace(operation, flops=operation.flops * rows, weight_bytes=weights, activation_bytes=moved)
-    # The plain path multiplies by the router in float32.
-    if training.precision == "fp32" or (operation.part == "router" and training.precision == "bf16"):
-        return replace(operation, precision="fp32")
-    return operation
+    return replace(operation, precision="fp32") if training.precision == "fp32" else operation
 
 
 def attention_backward_products(config: ModelConfig) -> float:
@@ -195,7 +199,7 @@ def _as_computed(config: ModelConfig, backward: Iterable[Operation]) -> list[Ope
 
 @dataclass(frozen=True, slots=True)
 class _Host:
-    """What the plain path adds to its products: the time of a launch, and computed over useful rows of grouped ones."""
+    """What is added to products: the time of a launch, and computed over useful rows of grouped ones."""
 
     launch_seconds: float = 0.0
     padding: float = 1.0
@@ -208,9 +212,10 @@ _LAUNCHES = {"attention_backward": 3, "attention": 2, "grouped": 2, "grouped_wei
 def _host(
     config: ModelConfig, training: Training, device: Device, layout: ParallelConfig, overheads: Overheads
 ) -> _Host:
-    if overheads.memory_share is not None or training.precision == "fp8":
+    if overheads.memory_share is not None:
         return _Host()
-    if not config.n_routed_experts:
+    if not config.n_routed_experts or training.precision == "fp8":
+        # The rates of FP8 products are those of useful rows.
         return _Host(device.launch_seconds.value)
     tokens = math.ceil(_call(training, layout).tokens / layout.tensor) * layout.expert
     rows = tokens * config.num_experts_per_tok / max(1.0, expected_experts(config, tokens))
@@ -238,7 +243,7 @@ def _shared_traffic(arithmetic: Iterable[Piece], share: float) -> list[Piece]:
     return [Piece("memory-bound", one.phase, one.seconds * share / (1 - share)) for one in arithmetic]
 
 
-def _plain_traffic(
+def _counted_traffic(
     config: ModelConfig, training: Training, device: Device, layout: ParallelConfig, layer: int
 ) -> list[Piece]:
     tokens = _call(training, layout).tokens / layout.tensor
@@ -255,14 +260,6 @@ def _plain_traffic(
         *_moving([*kernels, *again], "backward", tokens, device, training),
         *_accumulation(elements, device, training),
     ]
-
-
-def _casts(forward: Iterable[Operation], device: Device, layout: ParallelConfig) -> list[Piece]:
-    """FP8 products: inputs are cast (3 B an element) and turned for the weight gradient (2 B); gradients of outputs
-    are cast both ways (4 B). Inputs and outputs are taken to be equally wide."""
-    elements = sum(one.count * one.activation_bytes / BF16_ELEMENT for one in forward if one.precision == "fp8")
-    seconds = elements / 2 / layout.tensor / device.memory_bandwidth.value
-    return [Piece("memory-bound", "forward", 3 * seconds), Piece("memory-bound", "backward", 6 * seconds)]
 
 
 def _exchange(

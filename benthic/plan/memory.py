@@ -1,9 +1,10 @@
 """Memory of training on the fullest GPU: a step played through a ledger that remembers its highest moment.
 
-What stays: weights, float32 master weights, moments, and from the first backward on float32 gradients. What comes and
-goes: activations (activations.py), and the workspace of single operations (playback.py). Which moment is the highest
-depends on sizes: the loss at the end of the forward, an expert layer's backward, the embedding's gradient at the very
-end, or the optimiser's step. So the moments are played in order instead of adding up worst cases.
+What stays: weights (in FP8 training with their FP8 copies), float32 master weights, moments, and from the first
+backward on gradients. What comes and goes: activations (activations.py), and the workspace of single operations
+(playback.py). Which moment is the highest depends on sizes: the loss at the end of the forward, an expert layer's
+backward, the embedding's gradient at the very end, or the optimiser's step. So the moments are played in order instead
+of adding up worst cases.
 
 Checked against torch.cuda.max_memory_allocated by benchmarks/plan_vs_measured.py.
 """
@@ -22,6 +23,9 @@ from benthic.plan.ledger import Ledger
 from benthic.plan.pipeline import cut
 from benthic.plan.playback import Playback
 from benthic.plan.training import Training
+
+FP8_COPIES = 2 * (1 + 4 / 128**2)
+"""Bytes of a quantised weight's copies in e4m3, as it lies and transposed, with a float32 scale a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,8 @@ def training_memory(
     device: Device = DEVICES["h200"],
 ) -> TrainingMemory:
     """Memory of the fullest rank. `stages` are the layers of each stage (prediction layers last); by default layers
-    are dealt out evenly. Of `device` only the allowances count, which all GPUs share and a CPU does not have.
+    are dealt out evenly. Of `device` only what all GPUs share counts: the allowances, which a CPU does not have, and
+    how many logits the loss holds.
 
     Raises ConfigError where the layout does not divide the model.
     """
@@ -76,7 +81,7 @@ def _memory_of_rank(
     held = pipeline_rank(config, layout, stages, rank)
     ledger = Ledger()
     _hold_states(ledger, held, training, layout)
-    playback = Playback(config, training, layout, held, rank, ledger)
+    playback = Playback(config, training, layout, held, rank, ledger, device.logits_at_a_time)
     playback.play()
     terms = ledger.terms(playback.tokens)
     lines = (*terms, *_allowances(sum(term.value for term in terms), device))
@@ -97,11 +102,12 @@ def _hold_states(ledger: Ledger, held: Rank, training: Training, layout: Paralle
     total = held.total
     sharded = total.sharded(layout)
     resident = sharded if layout.zero >= 3 else total.elements
-    narrow = 4.0 if training.precision == "fp32" else 2.0
-    # The computing copy of a quantised matrix takes one byte.
-    quantised = total.fp8 / total.elements if training.precision == "fp8" else 0.0
-    each = narrow - quantised
+    each = 4.0 if training.precision == "fp32" else 2.0
     ledger.hold("weights", "weights", resident * each, f"{resident:,.0f} elements x {each:.3g} B")
+    if training.precision == "fp8":
+        quantised = resident * total.fp8 / total.elements
+        formula = f"{quantised:,.0f} elements x {FP8_COPIES:.3g} B"
+        ledger.hold("weights", "weights in FP8, both ways round", quantised * FP8_COPIES, formula)
     ledger.hold("weights", "routing biases", total.buffers * 4, f"{total.buffers:,.0f} x 4 B")
     state = sharded if layout.zero >= 1 else total.elements
     if training.precision != "fp32":
@@ -122,10 +128,11 @@ def _assumptions(training: Training, layout: ParallelConfig, device: Device) -> 
     if device.context_bytes:
         context = device.context_bytes / 2**30
         found.append(f"the allocator loses {device.allocator_loss:.0%}; CUDA itself takes {context:.1f} GiB")
+    found.append("activations as the trainer's path on a GPU keeps them, attention crossing documents")
     if training.precision == "fp8":
-        found.append("FP8 activations as DeepSeek-V3 keeps them (report, 3.3.3); benthic trains in bf16")
-    else:
-        found.append("activations as the trainer's path on a GPU keeps them, attention crossing documents")
+        found.append(
+            "bfloat16 weights beside their FP8 copies, as benthic trains; DeepSeek's framework keeps FP8 alone"
+        )
     if layout.tensor > 1:
         found.append("tensor parallelism divides every activation (sequence parallel norms)")
     if layout.pipeline > 1:

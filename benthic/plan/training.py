@@ -9,13 +9,9 @@ from benthic.errors import ConfigError
 from benthic.plan.flops import Recomputation
 
 TrainingPrecision = Literal["bf16", "fp8", "fp32"]
-"""bf16 and fp32 are the trainer's; fp8 is DeepSeek-V3's framework (report, section 3.3)."""
+"""What matrices are multiplied in; fp8 is the trainer's float8, after DeepSeek-V3's recipe (report, section 3.3)."""
 TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
 RECOMPUTATIONS: tuple[Recomputation, ...] = get_args(Recomputation)
-
-
-LOGITS_AT_A_TIME = 1 << 27
-"""Logits that the loss holds at once on a GPU (ops/linear_cross_entropy.py)."""
 
 
 @dataclass(frozen=True, slots=True)

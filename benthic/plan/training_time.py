@@ -15,7 +15,7 @@ from benthic.plan.communication import synchronisation_seconds
 from benthic.plan.devices import MEMORY_WORKS, Device, Precision, Work
 from benthic.plan.flops import training_flops_per_token
 from benthic.plan.holdings import pipeline_rank, stages_of_rank
-from benthic.plan.kernels import moving_seconds
+from benthic.plan.kernels import Kernels, moving_seconds
 from benthic.plan.layer_time import GROUPED_TILE, Overheads, Piece, embedding_pieces, head_pieces, layer_pieces
 from benthic.plan.pipeline import StageTime, bubble, cut
 from benthic.plan.traffic import update_traffic
@@ -172,10 +172,14 @@ def _synchronisation(
             seconds, formula = synchronisation_seconds(layout, device, ranks, weight * elements, 4 * elements, count)
             terms.append(Term("synchronisation", f"gradients and weights, {name}", formula, seconds))
     state = held.sharded(layout) if layout.zero >= 1 else held.elements
-    for one in update_traffic(training.precision):
-        seconds = sum(moving_seconds([one], state, device, training.precision).values())
-        rate = state * one.bytes / seconds
-        formula = f"{state:,.0f} elements x {one.bytes:.0f} B / {rate / 1e12:.3g} TB/s"
+    kernels = [(one, state) for one in update_traffic(training)]
+    if training.precision == "fp8":
+        copies = Kernels("update", "weights in FP8", "forward", "quantise_weights", 2 + 2)
+        kernels.append((copies, held.fp8))
+    for one, elements in kernels:
+        seconds = sum(moving_seconds([one], elements, device).values())
+        rate = elements * one.bytes / seconds
+        formula = f"{elements:,.0f} elements x {one.bytes:.0f} B / {rate / 1e12:.3g} TB/s"
         terms.append(Term("update", one.name, formula, seconds))
     return terms
 
@@ -189,13 +193,14 @@ def _assumptions(device: Device, training: Training, overheads: Overheads) -> tu
     rates = [(work, precision, device.rate(work, precision)) for work, precision in used]
     found = [f"{work}, {precision}: {_speed(rate.value, 'FLOP')} ({rate.source})" for work, precision, rate in rates]
     found.append(f"memory-bound work: {overheads.source}")
-    if overheads.memory_share is None and training.precision != "fp8":
+    if overheads.memory_share is None:
         for kind in MEMORY_WORKS:
             bandwidth = device.bandwidth(kind)
             found.append(f"{kind} kernels: {_speed(bandwidth.value, 'B')} ({bandwidth.source})")
         launch = device.launch_seconds
         found.append(f"a kernel takes {launch.value * 1e6:.1f} us or longer ({launch.source})")
-        found.append(f"grouped products work in tiles of {GROUPED_TILE} rows")
+        if training.precision != "fp8":
+            found.append(f"grouped products work in tiles of {GROUPED_TILE} rows")
     return tuple(found)
 
 

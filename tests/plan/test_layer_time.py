@@ -59,29 +59,30 @@ def test_a_prediction_layer_joins_two_states_and_needs_a_second_head():
     )
     assert extra > last
     one = V3.replace(num_nextn_predict_layers=0)
-    heads = [sum(p.seconds for p in head_pieces(c, TRAINING, H800, LAYOUT, Overheads())) for c in (one, V3)]
+    overheads = Overheads(memory_share=0.261)
+    heads = [sum(p.seconds for p in head_pieces(c, TRAINING, H800, LAYOUT, overheads)) for c in (one, V3)]
     assert heads[1] == pytest.approx(2 * heads[0])
 
 
-def test_fp8_pays_for_casts_and_saves_the_sum_in_float32():
+def test_fp8_pays_for_casts_and_takes_less_than_the_trace_shows():
     def memory_bound(training: Training) -> float:
         pieces = layer_pieces(V3, training, H800, LAYOUT, 30, Overheads())
         return sum(piece.seconds for piece in pieces if piece.part.startswith("memory-bound"))
 
     narrow, wide = memory_bound(TRAINING), memory_bound(Training(4096, recomputation="up_projections"))
-    # Bytes counted from the operations come near what the trace spent on them.
-    assert 4 * narrow == pytest.approx(0.261 * 0.124, rel=0.25)
-    assert narrow < wide
+    # benthic's kernels read and write once what the traced framework passes over again.
+    assert 0.5 < 4 * narrow / (0.261 * 0.124) < 1
+    assert wide < narrow < 2 * wide
 
 
-def test_small_layers_on_the_plain_path_take_the_time_of_their_launches():
+def test_small_layers_take_the_time_of_their_launches():
     def seconds(training: Training) -> float:
         pieces = layer_pieces(LITE, training, H200, ParallelConfig(), 5, Overheads())
         return sum(piece.seconds for piece in pieces)
 
     one, two = seconds(Training(1)), seconds(Training(2))
     # Weights' bytes aside, nothing but launches: twice the tokens take hardly longer.
-    assert 1 < two / one < 1.05
+    assert 1 < two / one < 1.1
     launches = sum(one.launches for one in layer_traffic(LITE, 5, "bf16"))
     assert one > launches * H200.launch_seconds.value
     assert seconds(Training(4096, 4)) > 10 * one
@@ -97,7 +98,7 @@ def test_experts_with_few_rows_compute_tiles_they_do_not_need():
     assert few / many == pytest.approx((1 + 64 / 192) / (1 + 64 / 3072), rel=0.01)
 
 
-def test_a_trace_replaces_every_rate_of_the_plain_path():
+def test_a_trace_replaces_every_rate_of_memory_and_launches():
     slow = replace(H200, launch_seconds=Rate(1.0, "test"), measured_bandwidth={"elementwise": Rate(1.0, "test")})
     measured, other = (
         layer_pieces(LITE, Training(4096), device, ParallelConfig(), 5, Overheads(memory_share=0.3))

@@ -69,9 +69,9 @@ def test_wrong_questions_are_refused(objective, gpus, part):
 @pytest.mark.parametrize(
     ("layers", "training", "recomputations", "start"),
     [
-        (8, Training(4096, 16), ("none",), "what fits: micro-batches of 11, recomputation 'none'"),
+        (8, Training(4096, 32), ("none",), "what fits: micro-batches of 22, recomputation 'none'"),
         (10, Training(65536, 1), ("none",), "what fits: micro-batches of 1, sequences of "),
-        (27, Training(4096, 4), ("none", "layer"), "what fits: 13 of 27 layers"),
+        (27, Training(4096, 4), ("none", "layer"), "what fits: 15 of 27 layers"),
     ],
 )
 def test_a_run_that_does_not_fit_is_answered_with_the_largest_that_does(layers, training, recomputations, start):
@@ -97,9 +97,9 @@ def test_what_is_refused_needs_more_than_there_is_in_the_printed_numbers_too(dev
 
 def test_the_largest_micro_batch_named_is_the_largest():
     config = LITE.replace(num_hidden_layers=8)
-    assert require_fit(config, Training(4096, 11), H200).total < H200.memory_bytes
+    assert require_fit(config, Training(4096, 22), H200).total < H200.memory_bytes
     with pytest.raises(CapacityError):
-        require_fit(config, Training(4096, 12), H200)
+        require_fit(config, Training(4096, 23), H200)
 
 
 def test_a_run_that_fits_is_told_its_memory():

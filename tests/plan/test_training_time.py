@@ -98,12 +98,14 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 def test_rates_and_their_sources_are_among_the_assumptions():
     text = "\n".join(step_time(LITE, Training(4096), H200).assumptions)
-    assert "grouped, bf16: 620 TFLOP/s (torch F.grouped_mm" in text
-    assert "memory-bound work: bytes of the plain path" in text
+    assert "grouped, bf16: 675 TFLOP/s (torch F.grouped_mm" in text
+    assert "memory-bound work: bytes of each kernel" in text
     assert "scatter_add kernels: 730 GB/s (index_add_ of bf16 rows, benchmarks/kernel_rates.py" in text
     assert "a kernel takes 8.2 us or longer (adding 1 to one number" in text
-    fused = "\n".join(step_time(V3, Training(4096, precision="fp8"), H800).assumptions)
-    assert "kernels:" not in fused
+    assert "tiles of 128 rows" in text
+    fp8 = "\n".join(step_time(V3, Training(4096, precision="fp8"), H200).assumptions)
+    assert "retile kernels: 2.08 TB/s (retile_columns, all calls" in fp8
+    assert "tiles of" not in fp8
 
 
 def test_slow_devices_have_rates_too():
@@ -116,6 +118,13 @@ def test_slow_devices_have_rates_too():
 def test_the_memory_bound_part_is_told_by_kind_of_kernel():
     lines = {line.name: line.value for line in step_time(LITE, Training(4096, 4), H200).lines}
     kinds = [name for name in lines if name.startswith("memory-bound, ")]
-    assert {"memory-bound, scatter_add", "memory-bound, join", "memory-bound, elementwise"} < set(kinds)
-    # Atomic additions of expert rows take longer than anything moved at the speed of a copy.
-    assert max(kinds, key=lines.__getitem__) == "memory-bound, scatter_add"
+    assert {"memory-bound, rows", "memory-bound, norm", "memory-bound, elementwise"} < set(kinds)
+    # SwiGLU of all experts' rows, two read and one written, then more in backward.
+    assert max(kinds, key=lines.__getitem__) == "memory-bound, gated"
+    quantising = {line.name for line in step_time(LITE, Training(4096, 4, precision="fp8"), H200).lines} - set(lines)
+    assert quantising == {
+        "memory-bound, quantise",
+        "memory-bound, retile",
+        "memory-bound, gated_fp8",
+        "weights in FP8",
+    }

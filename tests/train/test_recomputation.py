@@ -17,6 +17,7 @@ from benthic.ops import recomputation
 from benthic.plan.activations import layer_activations
 from benthic.train.loss import Scale, losses
 from benthic.train.recomputation import recompute
+from tests.plan.gpu_path import take_gpu_path
 from tests.train.small import small_model
 
 KINDS = ("none", "up_projections", "layer")
@@ -59,13 +60,9 @@ def test_losses_loads_and_gradients_are_the_same_bit_for_bit(name, kind, compute
         assert torch.equal(gradients[key], parameter.grad), key
 
 
-# With values as wide as keys, or a processor's attention keeps copies that it has filled up.
-AS_WIDE = {"v_head_dim": 16}
-
-
-def kept_bytes(kind, monkeypatch, layer=1):
+def kept_bytes(kind, layer=1):
     """Bytes of the distinct storages that a layer leaves for its backward pass, parameters and rotations aside."""
-    model = build(kind, **AS_WIDE)
+    model = build(kind)
     rotations = model._rotations.rows(0, 16, torch.device("cpu"))
     fixed = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers(), rotations)}
     found = {}
@@ -81,25 +78,21 @@ def kept_bytes(kind, monkeypatch, layer=1):
         packed = real(memory, tensor)
         return packed if isinstance(packed, recomputation._View) else seen(packed)
 
-    monkeypatch.setattr(recomputation._Memory, "pack", pack)
     hidden = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+        patch.setattr(recomputation._Memory, "pack", pack)
         kept_alive = model.model.layers[layer](hidden, Span(rotations))
-    monkeypatch.undo()
     del kept_alive
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
-def test_what_is_dropped_is_what_the_planner_says(monkeypatch):
-    planned = {kind: layer_activations(small_model(**AS_WIDE), 1, "fp32", kind) for kind in KINDS}
-    names = {one.name for one in planned["up_projections"]}
-    # A norm's 1 / rms stays, 4 bytes a token; a processor's experts make their products again in any case.
-    dropped = [one for one in planned["none"] if one.name not in names and "1 / rms" not in one.name]
-    dropped = sum(one.bytes for one in dropped if "routed" not in one.name)
-    tokens = 3 * 16
-    everything = kept_bytes("none", monkeypatch)
-    assert everything - kept_bytes("up_projections", monkeypatch) == tokens * dropped
-    assert kept_bytes("layer", monkeypatch) == tokens * sum(one.bytes for one in planned["layer"])
+def test_what_is_dropped_on_a_gpu_is_what_the_planner_says(monkeypatch):
+    take_gpu_path(monkeypatch)
+    planned = {kind: layer_activations(small_model(), 1, "fp32", kind) for kind in KINDS}
+    for kind in KINDS:
+        # Besides, where each expert's rows end.
+        assert kept_bytes(kind) == pytest.approx(3 * 16 * sum(one.bytes for one in planned[kind]), rel=1e-3), kind
+    assert kept_bytes("layer") < kept_bytes("up_projections") < kept_bytes("none")
 
 
 def test_a_backward_pass_frees_what_it_has_made_again():
