@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from benthic import ops
 from benthic.config.model import LATENT_NORM_EPS, ModelConfig
 from benthic.model.cache import Cache
+from benthic.model.pages import Pages
 from benthic.model.primitive import Linear, RMSNorm
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """The positions of one forward pass: their rotations, what they may see (None for all before), and the rows of
-    tokens before them, if any are kept."""
+    tokens before them, if any are kept: of sequences of equal length in a `cache`, or of any sequences in `pages`."""
 
     rotations: Complex64[Tensor, "positions pairs"]
     mask: Bool[Tensor, "batch_or_1 positions keys"] | None = None
     cache: Cache | None = None
+    pages: Pages | None = None
 
 
 class LatentAttention(nn.Module):
@@ -52,6 +54,8 @@ class LatentAttention(nn.Module):
         self, hidden: Float[Tensor, "batch positions width"], span: Span
     ) -> Float[Tensor, "batch positions width"]:
         """Expands keys and values when no token came before, else works on the latents."""
+        if span.pages is not None:
+            return self._paged(hidden, span.pages, span.rotations)
         query, turning = self._queries(hidden).split_with_sizes((self.key_width, self.rotary_width), -1)
         latent, key = self.kv_a_proj_with_mqa(hidden).split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
@@ -70,6 +74,58 @@ class LatentAttention(nn.Module):
         key = torch.cat((key, rotary_key.expand(-1, -1, self.heads, -1)), -1)  # [B, S, H, N + R]
         out = ops.attention(query, key, value, self.scale, span.mask)
         return self.o_proj(out.flatten(2))
+
+    def _paged(self, hidden: Tensor, pages: Pages, rotations: Tensor) -> Tensor:
+        """Sequences of few new tokens work on the latents, all in one call; expanding pays for the others."""
+        query, turning = self._queries(hidden)[0].split_with_sizes((self.key_width, self.rotary_width), -1)
+        latent, key = self.kv_a_proj_with_mqa(hidden)[0].split_with_sizes((self.rank, self.rotary_width), -1)
+        turned = ops.rotary(torch.cat((turning, key[:, None]), 1)[None], rotations, self.interleaved)[0]
+        rotary_query, rotary_key = turned.split_with_sizes((self.heads, 1), 1)  # [T, H, R], [T, 1, R]
+        pages.write(self.layer, torch.cat((self.kv_a_layernorm(latent), rotary_key[:, 0]), -1))
+        narrow = pages.narrower_than(self._rows_worth_expanding)
+        rows, parts = pages.bounds[narrow], []
+        if narrow:
+            parts.append(self._absorbed(query[:rows], rotary_query[:rows], pages.front(narrow)))
+        for index in range(narrow, len(pages.counts)):
+            mine = slice(pages.bounds[index], pages.bounds[index + 1])
+            parts.append(self._expanded(torch.cat((query[mine], rotary_query[mine]), -1), pages, index))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [T, H, V]
+        return self.o_proj(out.flatten(1))[None]
+
+    def _absorbed(self, query: Tensor, rotary_query: Tensor, pages: Pages) -> Tensor:
+        """Values [T, H, V] of queries [T, H, N] and [T, H, R]."""
+        expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
+        moved = torch.bmm(query.transpose(0, 1), expansion[:, : self.key_width]).transpose(0, 1)  # [T, H, C]
+        context = ops.absorbed_paged_attention(
+            torch.cat((moved, rotary_query), -1),
+            pages.pools[self.layer],
+            pages.tables,
+            pages.starts,
+            pages.lengths,
+            self.scale,
+            self.rank,
+            pages.first,
+        )  # [T, H, C]
+        return torch.bmm(context.transpose(0, 1), expansion[:, self.key_width :].transpose(1, 2)).transpose(0, 1)
+
+    def _expanded(self, query: Tensor, pages: Pages, index: int) -> Tensor:
+        """Values [n, H, V] of one sequence's queries [n, H, N + R], over keys and values of all its rows."""
+        length = pages.totals[index]
+        stored = ops.gather_rows(pages.pools[self.layer], pages.tables[index : index + 1], length)[:, pages.first :]
+        latent, rotary_key = stored.split_with_sizes((self.rank, self.rotary_width), -1)  # [1, L, C], [1, L, R]
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
+        key, value = expanded.split_with_sizes((self.key_width, self.value_width), -1)
+        key = torch.cat((key, rotary_key[:, :, None].expand(-1, -1, self.heads, -1)), -1)
+        mask = ops.causal_mask(stored.shape[1] - len(query), len(query), query.device)
+        return ops.attention(query[None], key, value, self.scale, mask)[0]
+
+    @property
+    def _rows_worth_expanding(self) -> int:
+        """From how many queries on expanding L keys, L C (N + V) products, is repaid by the shorter query-key products,
+        N + R + V in place of 2 C + R."""
+        expanded = self.key_width + self.value_width
+        saved = 2 * self.rank - expanded
+        return self.rank * expanded // saved + 1 if saved > 0 else 2**62
 
     def _queries(self, hidden: Tensor) -> Tensor:
         if self.compresses_queries:
@@ -105,12 +161,21 @@ class PlainAttention(nn.Module):
         if self.normalises:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = self._turned(query, span.rotations), self._turned(key, span.rotations)
+        if span.pages is not None:
+            return self._paged(query[0], torch.cat((key.flatten(2), value), -1)[0], span.pages)
         if span.cache is not None:
             rows = span.cache.write(self.layer, torch.cat((key.flatten(2), value), -1))
             key, value = rows.chunk(2, -1)
             key = key.unflatten(-1, (self.key_heads, -1))  # [B, L, Hk, Dq]
         out = ops.attention(query, key, value.unflatten(-1, (self.key_heads, -1)), self.scale, span.mask)
         return self.o_proj(out.flatten(2))
+
+    def _paged(self, query: Tensor, rows: Tensor, pages: Pages) -> Tensor:
+        pages.write(self.layer, rows)
+        pool = pages.pools[self.layer]
+        where = (pages.tables, pages.starts, pages.lengths)
+        out = ops.paged_attention(query, pool, *where, self.scale, self.key_heads, pages.first)
+        return self.o_proj(out.flatten(1))[None]
 
     def _turned(self, projected: Tensor, rotations: Tensor) -> Tensor:
         heads = projected.view(*projected.shape[:2], -1, self.head_width)  # [B, S, H, Dq]
