@@ -176,5 +176,5 @@ def pick(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
     return torch.searchsorted(cumulated, target, right=True)[:, 0]
 
 
-def _column(values: Sequence[float], logits: Tensor) -> Tensor:
+def _column(values: Sequence[float | int], logits: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]

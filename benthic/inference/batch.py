@@ -1,0 +1,55 @@
+"""A step's work as tensors: the tokens, and where their rows go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benthic.model.pages import Pages
+
+
+class Stretch(NamedTuple):
+    """Neighbouring tokens of one sequence: `tokens` from position `start` on, rows in `blocks`."""
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+
+
+def lay_out(
+    stretches: Sequence[Stretch], pools: Sequence[Tensor], block_size: int, device: torch.device, first: int = 0
+) -> tuple[Tensor, Pages]:
+    """Token ids int64 [T] and their pages; `stretches` come with the shortest first."""
+    counts = tuple(len(stretch.tokens) for stretch in stretches)
+    totals = tuple(stretch.start + count for stretch, count in zip(stretches, counts, strict=True))
+    bounds = (0, *accumulate(counts))
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for stretch, total in zip(stretches, totals, strict=True):
+        places = range(stretch.start, total)
+        tokens += stretch.tokens
+        positions += places
+        slots += [stretch.blocks[place // block_size] * block_size + place % block_size for place in places]
+    longest = -(-max(totals) // block_size)
+    tables = [list(stretch.blocks[:longest]) for stretch in stretches]
+    for table in tables:
+        table += [0] * (longest - len(table))
+    rows = torch.tensor([tokens, positions, slots]).to(device)
+    pages = Pages(
+        pools=pools,
+        counts=counts,
+        totals=totals,
+        bounds=bounds,
+        positions=rows[1],
+        slots=rows[2],
+        tables=torch.tensor(tables, dtype=torch.int32).to(device),
+        starts=torch.tensor(bounds, dtype=torch.int32).to(device),
+        lengths=torch.tensor(totals, dtype=torch.int32).to(device),
+        first=first,
+    )
+    return rows[0], pages

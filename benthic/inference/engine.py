@@ -1,0 +1,228 @@
+"""Engine: many requests at once over one model, by continuous batching on a paged cache.
+
+A step schedules work, runs the model over it, draws tokens, and tells what they add to each answer. Between two steps
+requests may come and be cancelled. An engine belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benthic.config.engine import EngineConfig
+from benthic.errors import CapacityError, RequestError
+from benthic.inference.answer import Answer
+from benthic.inference.blocks import BlockPool, salted
+from benthic.inference.completion import Completion, Event
+from benthic.inference.drawing import Drawn, Row, draw
+from benthic.inference.generate import check_prompt, end_ids
+from benthic.inference.pretrained import load_model
+from benthic.inference.records import keep_prompt_logprobs, keep_routes
+from benthic.inference.request import Request
+from benthic.inference.runner import Computed, Runner
+from benthic.inference.scheduler import Scheduler, Work, rank_of
+from benthic.inference.sizing import num_blocks
+from benthic.log import logger
+from benthic.model import LanguageModel
+from benthic.model.sampling import Sampler, SamplingParams
+from benthic.text import Tokenizer
+from benthic.text.tokenizer import TOKENIZER_FILE
+
+Prompt = str | Sequence[int]
+
+
+class Engine:
+    """Text from the model of a published folder, or from a model in memory with its tokenizer.
+
+    `speculative` drafts tokens with the model's prediction layers; a model without them decodes plainly, and the log
+    says so. Answers are the same either way.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | LanguageModel,
+        device: str | torch.device = "cpu",
+        speculative: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        settings: EngineConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        if not isinstance(model, LanguageModel):
+            folder = Path(model)
+            if tokenizer is None and (folder / TOKENIZER_FILE).is_file():
+                tokenizer = Tokenizer.from_folder(folder)
+            model = load_model(folder, device, dtype)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.settings = settings or EngineConfig()
+        weight = model.head_weight
+        blocks = num_blocks(model.config, self.settings, weight.device, weight.dtype, speculative)
+        self.pool = BlockPool(blocks)
+        self.scheduler = Scheduler(self.settings, self.pool)
+        self.runner = Runner(model, self.settings, blocks, speculative)
+        self._ends = frozenset(end_ids(model))
+        self._answers: dict[int, tuple[Request, Answer]] = {}
+        self._arrivals = 0
+        logger.info(
+            "engine: cache of %d blocks of %d tokens, at most %d tokens a step",
+            blocks,
+            self.settings.block_size,
+            self.settings.max_step_tokens,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._answers)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> list[Completion]:
+        """Answers to `prompts` (text or token ids) in their order, params.n for each.
+
+        `params` are for all or one for each. `on_event` sees what every step adds. Raises RequestError before anything
+        runs when one of the prompts cannot be served.
+        """
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts came with {len(each)} sampling parameters")
+        checked = [(self._checked(prompt, one), one) for prompt, one in zip(prompts, each, strict=True)]
+        mine: list[Completion] = []
+        unfinished: set[int] = set()
+        try:
+            for prompt, one in checked:
+                requests = self._add(prompt, one)
+                mine += [request.completion for request in requests]
+                unfinished |= {request.id for request in requests}
+            while unfinished:
+                for event in self.step():
+                    if event.completion.finish_reason is not None:
+                        unfinished.discard(event.request_id)
+                    if on_event is not None:
+                        on_event(event)
+        finally:
+            # Nobody waits for what an error or an interrupt left behind.
+            for request_id in unfinished:
+                self.cancel(request_id)
+        return mine
+
+    def add_request(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, salt: str = "") -> list[int]:
+        """The ids of the params.n answers that will come for one prompt.
+
+        A smaller `priority` is served earlier. Only prompts of equal `salt` share cached blocks, so that who may not
+        see another's prompts cannot tell from the time to the first token that somebody sent them. Raises RequestError
+        for what can never be served and CapacityError when too many wait.
+        """
+        most = self.settings.max_waiting
+        if most is not None and len(self.scheduler.waiting) + params.n > most:
+            raise CapacityError(
+                f"{len(self.scheduler.waiting)} requests wait already; max_waiting is {most}", hint="try again later"
+            )
+        return [request.id for request in self._add(self._checked(prompt, params), params, priority, salt)]
+
+    def cancel(self, request_id: int) -> Completion | None:
+        """End a request now and free its blocks; what it has so far, or None when it is not there any more."""
+        if request_id not in self._answers:
+            return None
+        request, answer = self._answers.pop(request_id)
+        self.scheduler.finish(request)
+        answer.end("cancelled")
+        return request.completion
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One call of the model, and what it added to each answer; nothing when there is no work."""
+        works = self.scheduler.schedule()
+        if not works:
+            assert not self._answers, "requests are there, but none can run"
+            return []
+        computed = self.runner.compute(works)
+        drawn = self._draw(works, computed)
+        return [
+            event
+            for work, rows, tokens in zip(works, computed.rows, drawn, strict=True)
+            if (event := self._settle(work, rows, tokens, computed)) is not None
+        ]
+
+    def check(self) -> None:
+        """Raise AssertionError unless every block is accounted for."""
+        self.scheduler.check()
+        queued = {request.id for request in (*self.scheduler.waiting, *self.scheduler.running)}
+        assert queued == set(self._answers), "a request is lost"
+
+    def _draw(self, works: list[Work], computed: Computed) -> list[list[Drawn]]:
+        """For each piece of work the tokens that follow its last one and each of its drafts; none where more of the
+        prompt is to come."""
+        places, rows, counts = [], [], []
+        for (request, count, drafts), mine in zip(works, computed.rows, strict=True):
+            wanted = 1 + len(drafts) if count == request.remaining else 0
+            counts.append(wanted)
+            places += range(mine.stop - wanted, mine.stop)
+            rows += [Row(request.sampler, drafts[:place]) for place in range(wanted)]
+        if not rows:
+            return [[] for _ in works]
+        drawn = iter(draw(self.runner.logits(self.runner.take_rows(computed.hidden, places)), rows))
+        return [[next(drawn) for _ in range(count)] for count in counts]
+
+    def _settle(self, work: Work, rows: slice, drawn: list[Drawn], computed: Computed) -> Event | None:
+        """Keep what the step found for one request."""
+        request, count, drafts = work
+        answer = self._answers[request.id][1]
+        keep_prompt_logprobs(request, computed.hidden[rows][:count], self.runner)
+        before, right = len(request.completion.token_ids), 0
+        for place, one in enumerate(drawn):
+            answer.take(one)
+            if request.completion.finish_reason is not None:
+                break
+            request.tokens.append(request.sampler.drawn[-1])
+            # A draft is right where plain decoding draws it too: then the logits behind it count.
+            if place == len(drafts) or one.token != drafts[place]:
+                break
+            right += 1
+        request.completion.drafted_tokens += len(drafts)
+        request.completion.accepted_tokens += right
+        keep_routes(request, computed.routing, slice(rows.start, rows.start + count + right))
+        if request.completion.finish_reason is not None:
+            self.scheduler.finish(request)
+            del self._answers[request.id]
+        else:
+            self.scheduler.computed(request, count + right)
+            if not drawn:
+                return None
+        return Event(request.id, tuple(request.completion.token_ids[before:]), answer.news(), request.completion)
+
+    def _add(self, prompt: list[int], params: SamplingParams, priority: int = 0, salt: str = "") -> list[Request]:
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
+        requests: list[Request] = []
+        for index in range(params.n):
+            leader = requests[0] if requests and self.settings.prefix_caching else None
+            sampler, rank = Sampler(params, prompt, ends, index), rank_of(self._arrivals, priority)
+            request = Request(self._arrivals, prompt, sampler, rank, salted(salt), index, leader)
+            self._arrivals += 1
+            self._answers[request.id] = (request, Answer(request.completion, sampler, self.tokenizer))
+            self.scheduler.add(request)
+            requests.append(request)
+        return requests
+
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The prompt's token ids, or RequestError."""
+        config = self.model.config
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("the prompt is text, but this model has no tokenizer", hint="send token ids")
+            prompt = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos_token)
+        check_prompt(prompt, params, config.vocab_size, config.max_position_embeddings)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need text, but this model has no tokenizer", hint="use stop_token_ids")
+        if not self.scheduler.fits(len(prompt) + params.max_tokens):
+            raise RequestError(
+                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} do not fit the cache of "
+                f"{self.pool.size} blocks of {self.settings.block_size} tokens",
+                hint="ask for fewer tokens, or give the engine more num_blocks",
+            )
+        return list(prompt)
