@@ -20,10 +20,11 @@ from benthic.inference.drawing import Drawn, Row, draw
 from benthic.inference.generate import check_prompt, end_ids
 from benthic.inference.pretrained import load_model
 from benthic.inference.records import keep_prompt_logprobs, keep_routes
-from benthic.inference.request import Request
+from benthic.inference.request import Request, Status
 from benthic.inference.runner import Computed, Runner
 from benthic.inference.scheduler import Scheduler, Work, rank_of
 from benthic.inference.sizing import num_blocks
+from benthic.inference.speculation import Drafter, News
 from benthic.log import logger
 from benthic.model import LanguageModel
 from benthic.model.sampling import Sampler, SamplingParams
@@ -57,19 +58,22 @@ class Engine:
             model = load_model(folder, device, dtype)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.settings = settings or EngineConfig()
-        weight = model.head_weight
-        blocks = num_blocks(model.config, self.settings, weight.device, weight.dtype, speculative)
+        self._draft_tokens = self._choose_draft_tokens(speculative)
+        weight, drafts = model.head_weight, self._draft_tokens
+        blocks = num_blocks(model.config, self.settings, weight.device, weight.dtype, bool(drafts))
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.settings, self.pool)
-        self.runner = Runner(model, self.settings, blocks, speculative)
+        self.scheduler = Scheduler(self.settings, self.pool, drafts)
+        self.runner = Runner(model, self.settings, blocks, bool(drafts))
+        self._drafter = Drafter(self.runner, blocks) if drafts else None
         self._ends = frozenset(end_ids(model))
         self._answers: dict[int, tuple[Request, Answer]] = {}
         self._arrivals = 0
         logger.info(
-            "engine: cache of %d blocks of %d tokens, at most %d tokens a step",
+            "engine: cache of %d blocks of %d tokens, at most %d tokens a step, %d drafts",
             blocks,
             self.settings.block_size,
             self.settings.max_step_tokens,
+            drafts,
         )
 
     @property
@@ -143,17 +147,31 @@ class Engine:
             return []
         computed = self.runner.compute(works)
         drawn = self._draw(works, computed)
-        return [
-            event
-            for work, rows, tokens in zip(works, computed.rows, drawn, strict=True)
-            if (event := self._settle(work, rows, tokens, computed)) is not None
-        ]
+        events, news = [], []
+        for work, rows, tokens in zip(works, computed.rows, drawn, strict=True):
+            request, start = work.request, work.request.computed
+            event = self._settle(work, rows, tokens, computed)
+            if event is not None:
+                events.append(event)
+            if request.status is Status.RUNNING:
+                wanted = min(self._draft_tokens, request.tokens_left - 1) if tokens else 0
+                news.append(News(request, start, request.computed - start, rows.start, wanted))
+        if self._drafter is not None:
+            self._drafter.follow(news, computed.hidden)
+        return events
 
     def check(self) -> None:
         """Raise AssertionError unless every block is accounted for."""
         self.scheduler.check()
         queued = {request.id for request in (*self.scheduler.waiting, *self.scheduler.running)}
         assert queued == set(self._answers), "a request is lost"
+
+    def _choose_draft_tokens(self, speculative: bool) -> int:
+        """How many tokens are drafted a step: 0 where drafts are not wanted, or the model cannot make any."""
+        layers = self.model.config.num_nextn_predict_layers
+        if speculative and not layers:
+            logger.info("engine: the model has no prediction layers; it decodes plainly, without drafts")
+        return (self.settings.draft_tokens or layers) if speculative and layers else 0
 
     def _draw(self, works: list[Work], computed: Computed) -> list[list[Drawn]]:
         """For each piece of work the tokens that follow its last one and each of its drafts; none where more of the

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from torch import Tensor
+
 from benthic.inference.blocks import Digest, chain
 from benthic.inference.completion import Completion
 from benthic.model.sampling import Sampler, SamplingParams
@@ -21,7 +23,8 @@ class Request:
     """`tokens` are the prompt and what was drawn; rows of the first `computed` of them lie in `blocks`.
 
     `rank` orders requests: the smallest is served first and given up last. `leader` is the request whose prompt this
-    one shares (n > 1): it waits until those blocks are filled.
+    one shares (n > 1): it waits until those blocks are filled. Prediction layers hold rows of positions below
+    `predicted` (0: none yet), and go on from the states `carried`, one behind each layer.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class Request:
         self.computed = 0
         self.blocks: list[int] = []
         self.drafts: list[int] = []
+        self.predicted = 0
+        self.carried: list[Tensor] = []
         self.completion = Completion(prompt, index)
         self._digests = [salt]
 
@@ -56,9 +61,19 @@ class Request:
         return len(self.tokens) - self.computed
 
     @property
+    def tokens_left(self) -> int:
+        """How many more tokens may be drawn."""
+        return self.params.max_tokens - (len(self.tokens) - self.prompt_length)
+
+    @property
     def is_decoding(self) -> bool:
         """Whether all but the last token have been seen, and that one was drawn."""
         return self.remaining == 1 and len(self.tokens) > self.prompt_length
+
+    def put_back(self) -> None:
+        """Forget all rows; tokens stay."""
+        self.blocks, self.drafts, self.carried = [], [], []
+        self.computed = self.predicted = 0
 
     @property
     def may_share(self) -> bool:

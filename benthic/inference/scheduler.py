@@ -163,7 +163,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
-        request.blocks, request.computed, request.drafts = [], 0, []
+        request.put_back()
 
     def _missing(self, request: Request) -> int:
         return max(0, self._blocks_for(len(request.tokens) + self.draft_tokens) - len(request.blocks))

@@ -16,7 +16,10 @@ def num_blocks(
 ) -> int:
     """`engine.num_blocks`, or what its share of the free memory holds. Raises CapacityError where that is not even one
     block, or where the stated number does not fit."""
-    block_bytes = engine.block_size * elements_per_token(config, include_mtp=include_mtp) * dtype.itemsize
+    elements = engine.block_size * elements_per_token(config, include_mtp=include_mtp)
+    if include_mtp:
+        elements += config.num_nextn_predict_layers * config.hidden_size  # the states at the end of a block
+    block_bytes = elements * dtype.itemsize
     free = available_bytes(device)
     if engine.num_blocks is not None:
         if free is not None and engine.num_blocks * block_bytes > free:
