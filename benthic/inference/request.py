@@ -24,7 +24,7 @@ class Request:
 
     `rank` orders requests: the smallest is served first and given up last. `leader` is the request whose prompt this
     one shares (n > 1): it waits until those blocks are filled. Prediction layers hold rows of positions below
-    `predicted` (0: none yet), and go on from the states `carried`, one behind each layer.
+    `predicted` (0: none yet), and go on from the states `carried`, by the number of layers they went through.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Request:
         self.blocks: list[int] = []
         self.drafts: list[int] = []
         self.predicted = 0
-        self.carried: list[Tensor] = []
+        self.carried: dict[int, Tensor] = {}
         self.completion = Completion(prompt, index)
         self._digests = [salt]
 
@@ -72,7 +72,7 @@ class Request:
 
     def put_back(self) -> None:
         """Forget all rows; tokens stay."""
-        self.blocks, self.drafts, self.carried = [], [], []
+        self.blocks, self.drafts, self.carried = [], [], {}
         self.computed = self.predicted = 0
 
     @property

@@ -88,8 +88,8 @@ class Drafter:
             self._resume(one)
             level.add(one.request, one.start, one.row)
         for depth in range(1, self.layers + 1):
-            self._keep_ends(news, level)
-            level = self._run(depth, news, level)
+            before, level = level, self._run(depth, news, level)
+            self._keep(news, before)
             self._draft(depth, news, level)
         for depth in range(self.layers + 1, 1 + max((one.wanted for one in news), default=0)):
             level = self._chain(depth, [one for one in news if one.wanted >= depth], level)
@@ -104,7 +104,7 @@ class Drafter:
         if not request.predicted:
             request.predicted = max(one.start, 1)
             if one.start:
-                request.carried = list(self.ends[request.blocks[one.start // self.runner.block_size - 1]])
+                request.carried = dict(enumerate(self.ends[request.blocks[one.start // self.runner.block_size - 1]]))
 
     def _run(self, depth: int, news: Sequence[News], before: _Level) -> _Level:
         """Layer `depth` over known tokens and, where that many drafts are wanted, over those made so far."""
@@ -116,13 +116,7 @@ class Drafter:
             if tokens:
                 rows = before.rows(request, range(begin - 1, begin - 1 + len(tokens)))
                 parts.append((one, Stretch(tokens, begin, request.blocks), rows))
-        level = self._predict(depth, parts, before)
-        if depth < self.layers:
-            for one in news:
-                last = level.offsets.get(one.request.id)
-                if last is not None:
-                    one.request.carried = [*one.request.carried[:depth], level.states[last + one.last]]
-        return level
+        return self._predict(depth, parts, before)
 
     def _chain(self, depth: int, news: Sequence[News], before: _Level) -> _Level:
         """The last layer once more, over the newest draft alone."""
@@ -154,8 +148,8 @@ class Drafter:
             for one, token in zip(asking, tokens, strict=True):
                 one.request.drafts.append(token)
 
-    def _keep_ends(self, news: Sequence[News], level: _Level) -> None:
-        """Remember the states at the last position of each block that became full."""
+    def _keep(self, news: Sequence[News], level: _Level) -> None:
+        """Remember the states at the last position of each block that became full, and of each request."""
         size, blocks, rows = self.runner.block_size, [], []
         for one in news:
             for block in range(one.start // size, one.last // size):
@@ -163,5 +157,7 @@ class Drafter:
                 if end >= level.level:
                     blocks.append(one.request.blocks[block])
                     rows += level.rows(one.request, range(end, end + 1))
+            if level.level and one.request.id in level.offsets:
+                one.request.carried[level.level] = level.states[level.offsets[one.request.id] + one.last]
         if rows:
             self.ends[torch.tensor(blocks, device=self.ends.device), level.level] = level.take(rows)
