@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,14 +32,14 @@ class Drawn(NamedTuple):
 def draw(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
     """One token for each row of `logits` [R, V]."""
     choice = _choice(logits, rows)
-    drawable = choice.amax(-1).isfinite().tolist()
     tokens = _tokens(choice, rows)
     logprobs = log_probabilities(logits, tokens).tolist()
-    tokens = tokens.tolist()
+    # One NaN or infinity among the logits makes their sum one too. A forbidden token wins where there is no other.
+    allowed = [True] * len(rows) if choice is logits else choice.amax(-1).isfinite().tolist()
     alternatives = likeliest(logits, [row.sampler.params.logprobs for row in rows])
     return [
-        Drawn(token if fine else None, logprob, other)
-        for token, fine, logprob, other in zip(tokens, drawable, logprobs, alternatives, strict=True)
+        Drawn(token if fine and math.isfinite(logprob) else None, logprob, other)
+        for token, fine, logprob, other in zip(tokens.tolist(), allowed, logprobs, alternatives, strict=True)
     ]
 
 
