@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from benthic.inference.completion import Completion, FinishReason
+from benthic.inference.completion import FinishReason
 from benthic.inference.drawing import Drawn
+from benthic.inference.request import Request
 from benthic.inference.stop import StopText
-from benthic.model.sampling import Sampler
 from benthic.text import Detokenizer, Tokenizer
 
 
 class Answer:
     """Fills one completion; without a tokenizer its text stays empty."""
 
-    def __init__(self, completion: Completion, sampler: Sampler, tokenizer: Tokenizer | None) -> None:
-        self.completion, self._sampler = completion, sampler
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        self.completion, self._sampler, self._form = request.completion, request.sampler, request.form
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._stop = StopText(sampler.params.stop)
+        self._stop = StopText(request.params.stop)
         self._shown = 0
-        if sampler.params.logprobs:
-            completion.top_logprobs = []
+        if request.params.logprobs:
+            self.completion.top_logprobs = []
 
     def take(self, drawn: Drawn) -> None:
         """One more token, perhaps the one that ends the answer."""
@@ -34,8 +34,15 @@ class Answer:
         if completion.top_logprobs is not None:
             completion.top_logprobs.append(drawn.alternatives or {})
         self._add_text(drawn.token, len(completion.token_ids) < params.min_tokens)
+        if self._form is not None:
+            self._form.take(drawn.token)
         if self._stop.found is not None:
             self.end("stop", self._stop.found)
+        elif self._form is not None and self._form.error:
+            completion.error = self._form.error
+            self.end("error")
+        elif self._form is not None and self._form.is_complete:
+            self.end("stop")
         elif len(completion.token_ids) == params.max_tokens:
             self.end("length")
 

@@ -71,7 +71,7 @@ def _choice(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         if sampler.params.changes_logits:
             choice[index] = sampler.changed(logits[index], drafts)
         if allowed is not None:
-            choice[index].masked_fill_(~allowed, -torch.inf)
+            choice[index].masked_fill_(~allowed.to(choice.device), -torch.inf)
     return choice
 
 

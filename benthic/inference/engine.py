@@ -17,6 +17,7 @@ from benthic.inference.answer import Answer
 from benthic.inference.blocks import BlockPool, salted
 from benthic.inference.completion import Completion, Event
 from benthic.inference.drawing import Drawn, Row, draw
+from benthic.inference.form import Form, Forms
 from benthic.inference.generate import check_prompt, end_ids
 from benthic.inference.pretrained import load_model
 from benthic.inference.records import keep_prompt_logprobs, keep_routes
@@ -66,6 +67,7 @@ class Engine:
         self.runner = Runner(model, self.settings, blocks, bool(drafts))
         self._drafter = Drafter(self.runner, blocks) if drafts else None
         self._ends = frozenset(end_ids(model))
+        self._forms = None if tokenizer is None else Forms(tokenizer, model.config.vocab_size, self._ends)
         self._answers: dict[int, tuple[Request, Answer]] = {}
         self._arrivals = 0
         logger.info(
@@ -99,8 +101,8 @@ class Engine:
         mine: list[Completion] = []
         unfinished: set[int] = set()
         try:
-            for prompt, one in checked:
-                requests = self._add(prompt, one)
+            for (prompt, form), one in checked:
+                requests = self._add(prompt, form, one)
                 mine += [request.completion for request in requests]
                 unfinished |= {request.id for request in requests}
             while unfinished:
@@ -127,7 +129,7 @@ class Engine:
             raise CapacityError(
                 f"{len(self.scheduler.waiting)} requests wait already; max_waiting is {most}", hint="try again later"
             )
-        return [request.id for request in self._add(self._checked(prompt, params), params, priority, salt)]
+        return [request.id for request in self._add(*self._checked(prompt, params), params, priority, salt)]
 
     def cancel(self, request_id: int) -> Completion | None:
         """End a request now and free its blocks; what it has so far, or None when it is not there any more."""
@@ -181,7 +183,11 @@ class Engine:
             wanted = 1 + len(drafts) if count == request.remaining else 0
             counts.append(wanted)
             places += range(mine.stop - wanted, mine.stop)
-            rows += [Row(request.sampler, drafts[:place]) for place in range(wanted)]
+            if request.form is None or not wanted:
+                rows += [Row(request.sampler, drafts[:place]) for place in range(wanted)]
+            else:
+                masks = request.form.allowed(drafts)
+                rows += [Row(request.sampler, drafts[:place], masks[place]) for place in range(wanted)]
         if not rows:
             return [[] for _ in works]
         drawn = iter(draw(self.runner.logits(self.runner.take_rows(computed.hidden, places)), rows))
@@ -214,33 +220,36 @@ class Engine:
                 return None
         return Event(request.id, tuple(request.completion.token_ids[before:]), answer.news(), request.completion)
 
-    def _add(self, prompt: list[int], params: SamplingParams, priority: int = 0, salt: str = "") -> list[Request]:
+    def _add(
+        self, prompt: list[int], form: Form | None, params: SamplingParams, priority: int = 0, salt: str = ""
+    ) -> list[Request]:
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
         requests: list[Request] = []
         for index in range(params.n):
             leader = requests[0] if requests and self.settings.prefix_caching else None
             sampler, rank = Sampler(params, prompt, ends, index), rank_of(self._arrivals, priority)
             request = Request(self._arrivals, prompt, sampler, rank, salted(salt), index, leader)
+            request.form = None if form is None else form.copy()
             self._arrivals += 1
-            self._answers[request.id] = (request, Answer(request.completion, sampler, self.tokenizer))
+            self._answers[request.id] = (request, Answer(request, self.tokenizer))
             self.scheduler.add(request)
             requests.append(request)
         return requests
 
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """The prompt's token ids, or RequestError."""
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], Form | None]:
+        """The prompt's token ids and the form of its answers, or RequestError."""
         config = self.model.config
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("the prompt is text, but this model has no tokenizer", hint="send token ids")
             prompt = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos_token)
         check_prompt(prompt, params, config.vocab_size, config.max_position_embeddings)
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need text, but this model has no tokenizer", hint="use stop_token_ids")
+        if (params.stop or params.forms) and self._forms is None:
+            raise RequestError("stop strings and forms need text, but this model has no tokenizer")
         if not self.scheduler.fits(len(prompt) + params.max_tokens):
             raise RequestError(
                 f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} do not fit the cache of "
                 f"{self.pool.size} blocks of {self.settings.block_size} tokens",
                 hint="ask for fewer tokens, or give the engine more num_blocks",
             )
-        return list(prompt)
+        return list(prompt), None if self._forms is None else self._forms.make(params)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benthic.inference.blocks import Digest, chain
 from benthic.inference.completion import Completion
+from benthic.inference.form import Form
 from benthic.model.sampling import Sampler, SamplingParams
 
 
@@ -48,6 +49,7 @@ class Request:
         self.predicted = 0
         self.carried: dict[int, Tensor] = {}
         self.completion = Completion(prompt, index)
+        self.form: Form | None = None
         self._digests = [salt]
 
     @property

@@ -266,7 +266,7 @@ def test_the_end_of_sequence_ends_unless_it_is_ignored(make_engine):
         ([1] * 40, GREEDY, "40 prompt tokens and max_tokens 10 do not fit the cache of 6 blocks of 8 tokens"),
         ([1], GREEDY.replace(logit_bias={61: 1.0}), "logit_bias names token 61"),
         ("text", GREEDY, "the prompt is text, but this model has no tokenizer"),
-        ([1], GREEDY.replace(stop=("x",)), "stop strings need text"),
+        ([1], GREEDY.replace(stop=("x",)), "stop strings and forms need text"),
     ],
 )
 def test_what_can_never_be_served_is_refused_at_once(prompt, params, message, make_engine):
