@@ -1,0 +1,122 @@
+"""Latent attention over a paged cache: absorbed queries of all heads read one latent row a key (arXiv:2405.04434, 2.1.2).
+
+A row of the pool is 2 (C + R) bytes and serves as key (whole) and as value (its first C numbers). With few heads its
+bytes set the pace, with 128 heads the tensor cores: 2 H (2 C + R) operations a row and query position.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from benthic.kernels.paged_context import LOG2_E, combine, find_tile, shares_of_context, tile_count, tile_rows
+
+KEYS = 32
+"""Keys of a step. 64 with 64 rows need more registers for addresses than there are (1.3 KB of spills)."""
+
+
+def absorbed_paged_attention(
+    query: Tensor, pool: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float, rank: int
+) -> Tensor:
+    """query [T, H, C + R] over pool [blocks, block, C + R] -> [T, H, C] (`rank` is C), in query's dtype.
+
+    Sequence b owns query rows starts[b] to starts[b + 1] (int32 [B + 1]) and has lengths[b] keys (int32 [B]) with
+    those rows' own; its key p is row p % block of block tables[b, p // block] (int32 [B, max_blocks]). Of n rows, row
+    i sees keys 0 to lengths[b] - n + i. A row that sees none, and rows from starts[B] on, are zeros. The host never
+    waits for the device.
+    """
+    tokens, heads, width = query.shape
+    batch, block = len(lengths), pool.shape[1]
+    _check(query, pool, tables, starts, lengths)
+    out = query.new_empty((tokens, heads, rank))
+    if not tokens:
+        return out
+    rows = tile_rows(tokens, batch, heads)
+    tiles = tile_count(tokens, batch, heads, rows)
+    # Tiles without rows end at once: what fills the device are those that have some.
+    shares = shares_of_context(tiles - batch - 1 or batch, tables.shape[1] * block, KEYS, query.device)
+    partial = out.new_empty((shares, tokens * heads, rank), dtype=torch.float32) if shares > 1 else out
+    logarithms = out.new_empty((shares, tokens * heads), dtype=torch.float32)
+    _share[(tiles, shares)](
+        query, pool, tables, starts, lengths, partial, logarithms, scale * LOG2_E, tokens, batch, tables.shape[1],
+        HEADS=heads, RANK=rank, TURNING=width - rank, BLOCK=block, SHARES=shares, ROWS=rows, KEYS=KEYS,
+        RANK_PADDED=_padded(rank), TURNING_PADDED=_padded(width - rank), SEQUENCES=triton.next_power_of_2(batch + 1),
+        num_warps=8 if rows == 64 else 4, num_stages=2,
+    )  # fmt: skip
+    if shares > 1:
+        combine(partial, logarithms, out.view(-1, rank))
+    return out
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _check(query: Tensor, pool: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor) -> None:
+    for name, tensor in (("query", query), ("pool", pool), ("tables", tables)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
+    for name, tensor in (("tables", tables), ("starts", starts), ("lengths", lengths)):
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be torch.int32, not {tensor.dtype}")
+    if pool.shape[2] != query.shape[2] or pool.dtype != query.dtype:
+        raise ValueError(
+            f"a row of the pool is {pool.shape[2]} x {pool.dtype}, a query {query.shape[2]} x {query.dtype}"
+        )
+
+
+@triton.jit
+def _share(
+    query, pool, tables, starts, lengths, partial, logarithms, scale, T, B, max_blocks,
+    HEADS: tl.constexpr, RANK: tl.constexpr, TURNING: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, RANK_PADDED: tl.constexpr, TURNING_PADDED: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = RANK + TURNING
+    share = tl.program_id(1)
+    sequence, start, count, length, first = find_tile(
+        tl.program_id(0), starts, lengths, T, B, HEADS, ROWS, SEQUENCES
+    )
+    if first < count * HEADS:
+        row = first + tl.arange(0, ROWS)
+        real = row < count * HEADS
+        row_at = (start * HEADS + row).to(tl.int64)
+        seen = length - count + 1 + row // HEADS  # keys that the row sees
+        c = tl.arange(0, RANK_PADDED)
+        r = tl.arange(0, TURNING_PADDED)
+        at = query + row_at[:, None] * WIDTH
+        latent_query = tl.load(at + c[None, :], mask=real[:, None] & (c < RANK)[None, :], other=0.0)
+        turning_query = tl.load(at + RANK + r[None, :], mask=real[:, None] & (r < TURNING)[None, :], other=0.0)
+        keys_a_share = tl.cdiv(tl.cdiv(length, SHARES), KEYS) * KEYS
+        low = share * keys_a_share
+        high = tl.minimum(low + keys_a_share, length - count + 1 + (first + ROWS - 1) // HEADS)
+        high = tl.minimum(high, length)
+        largest = tl.full((ROWS,), -float("inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        result = tl.zeros((ROWS, RANK_PADDED), tl.float32)
+        for key in range(low, high, KEYS):
+            position = key + tl.arange(0, KEYS)
+            inside = position < high
+            block = tl.load(tables + sequence * max_blocks + position // BLOCK, mask=inside, other=0)
+            at = pool + (block.to(tl.int64) * BLOCK + position % BLOCK)[:, None] * WIDTH
+            latent = tl.load(at + c[None, :], mask=inside[:, None] & (c < RANK)[None, :], other=0.0)
+            turning = tl.load(at + RANK + r[None, :], mask=inside[:, None] & (r < TURNING)[None, :], other=0.0)
+            scores = tl.dot(latent_query, tl.trans(latent))
+            scores = tl.dot(turning_query, tl.trans(turning), scores) * scale  # [ROWS, KEYS]
+            scores = tl.where(position[None, :] < tl.minimum(seen, high)[:, None], scores, -float("inf"))
+            new = tl.maximum(largest, tl.max(scores, 1))
+            finite = tl.where(new == -float("inf"), 0.0, new)
+            shrink = tl.exp2(largest - finite)
+            weights = tl.exp2(scores - finite[:, None])
+            total = total * shrink + tl.sum(weights, 1)
+            result = tl.dot(weights.to(latent.dtype), latent, result * shrink[:, None])
+            largest = new
+        empty = total == 0.0
+        result = result / tl.where(empty, 1.0, total)[:, None]
+        logarithm = tl.where(empty, -float("inf"), largest + tl.log2(tl.where(empty, 1.0, total)))
+        if SHARES > 1:
+            row_at += share * T * HEADS
+            tl.store(logarithms + row_at, logarithm, mask=real)
+        at = partial + row_at[:, None] * RANK + c[None, :]
+        if (SHARES == 1) | (high > low):
+            tl.store(at, result.to(partial.dtype.element_ty), mask=real[:, None] & (c < RANK)[None, :])
