@@ -11,8 +11,9 @@ from torch import Tensor
 
 from benthic.kernels.paged_context import LOG2_E, combine, find_tile, shares_of_context, tile_count, tile_rows
 
-KEYS = 32
-"""Keys of a step. 64 with 64 rows need more registers for addresses than there are (1.3 KB of spills)."""
+STEPS = {16: (32, 4, 5), 32: (32, 8, 5), 64: (64, 8, 3)}
+"""Rows of a tile to (keys of a step, warps, stages). A key's address comes from the table, a load that the pipeline
+counts as a stage of its own: 3 stages keep one step of keys in flight, 5 keep two. Nothing spills at 512 + 64."""
 
 
 def absorbed_paged_attention(
@@ -33,15 +34,16 @@ def absorbed_paged_attention(
         return out
     rows = tile_rows(tokens, batch, heads)
     tiles = tile_count(tokens, batch, heads, rows)
+    keys, warps, stages = STEPS[rows]
     # Tiles without rows end at once: what fills the device are those that have some.
-    shares = shares_of_context(tiles - batch - 1 or batch, tables.shape[1] * block, KEYS, query.device)
+    shares = shares_of_context(tiles - batch - 1 or batch, tables.shape[1] * block, keys, query.device)
     partial = out.new_empty((shares, tokens * heads, rank), dtype=torch.float32) if shares > 1 else out
     logarithms = out.new_empty((shares, tokens * heads), dtype=torch.float32)
     _share[(tiles, shares)](
         query, pool, tables, starts, lengths, partial, logarithms, scale * LOG2_E, tokens, batch, tables.shape[1],
-        HEADS=heads, RANK=rank, TURNING=width - rank, BLOCK=block, SHARES=shares, ROWS=rows, KEYS=KEYS,
+        HEADS=heads, RANK=rank, TURNING=width - rank, BLOCK=block, SHARES=shares, ROWS=rows, KEYS=keys,
         RANK_PADDED=_padded(rank), TURNING_PADDED=_padded(width - rank), SEQUENCES=triton.next_power_of_2(batch + 1),
-        num_warps=8 if rows == 64 else 4, num_stages=2,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if shares > 1:
         combine(partial, logarithms, out.view(-1, rank))
@@ -74,9 +76,7 @@ def _share(
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + TURNING
     share = tl.program_id(1)
-    sequence, start, count, length, first = find_tile(
-        tl.program_id(0), starts, lengths, T, B, HEADS, ROWS, SEQUENCES
-    )
+    sequence, start, count, length, first = find_tile(tl.program_id(0), starts, lengths, T, B, HEADS, ROWS, SEQUENCES)
     if first < count * HEADS:
         row = first + tl.arange(0, ROWS)
         real = row < count * HEADS
@@ -84,9 +84,9 @@ def _share(
         seen = length - count + 1 + row // HEADS  # keys that the row sees
         c = tl.arange(0, RANK_PADDED)
         r = tl.arange(0, TURNING_PADDED)
-        at = query + row_at[:, None] * WIDTH
-        latent_query = tl.load(at + c[None, :], mask=real[:, None] & (c < RANK)[None, :], other=0.0)
-        turning_query = tl.load(at + RANK + r[None, :], mask=real[:, None] & (r < TURNING)[None, :], other=0.0)
+        query_at = query + row_at[:, None] * WIDTH
+        latent_query = tl.load(query_at + c[None, :], mask=real[:, None] & (c < RANK)[None, :], other=0.0)
+        turning_query = tl.load(query_at + RANK + r[None, :], mask=real[:, None] & (r < TURNING)[None, :], other=0.0)
         keys_a_share = tl.cdiv(tl.cdiv(length, SHARES), KEYS) * KEYS
         low = share * keys_a_share
         high = tl.minimum(low + keys_a_share, length - count + 1 + (first + ROWS - 1) // HEADS)
@@ -98,9 +98,9 @@ def _share(
             position = key + tl.arange(0, KEYS)
             inside = position < high
             block = tl.load(tables + sequence * max_blocks + position // BLOCK, mask=inside, other=0)
-            at = pool + (block.to(tl.int64) * BLOCK + position % BLOCK)[:, None] * WIDTH
-            latent = tl.load(at + c[None, :], mask=inside[:, None] & (c < RANK)[None, :], other=0.0)
-            turning = tl.load(at + RANK + r[None, :], mask=inside[:, None] & (r < TURNING)[None, :], other=0.0)
+            key_at = pool + (block.to(tl.int64) * BLOCK + position % BLOCK)[:, None] * WIDTH
+            latent = tl.load(key_at + c[None, :], mask=inside[:, None] & (c < RANK)[None, :], other=0.0)
+            turning = tl.load(key_at + RANK + r[None, :], mask=inside[:, None] & (r < TURNING)[None, :], other=0.0)
             scores = tl.dot(latent_query, tl.trans(latent))
             scores = tl.dot(turning_query, tl.trans(turning), scores) * scale  # [ROWS, KEYS]
             scores = tl.where(position[None, :] < tl.minimum(seen, high)[:, None], scores, -float("inf"))
@@ -117,6 +117,6 @@ def _share(
         if SHARES > 1:
             row_at += share * T * HEADS
             tl.store(logarithms + row_at, logarithm, mask=real)
-        at = partial + row_at[:, None] * RANK + c[None, :]
         if (SHARES == 1) | (high > low):
+            at = partial + row_at[:, None] * RANK + c[None, :]
             tl.store(at, result.to(partial.dtype.element_ty), mask=real[:, None] & (c < RANK)[None, :])
