@@ -41,6 +41,23 @@ def shares_of_context(programs: int, longest: int, keys: int, device: torch.devi
     return next(shares for shares, share_used in enumerate(used, 1) if share_used >= 0.9 * max(used))
 
 
+def padded(width: int) -> int:
+    """The power of two that `width` numbers are computed in; 16 is the least that tensor cores take."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def require_paged(query: Tensor, pool: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor) -> None:
+    """Raises ValueError unless tensors are contiguous, numbers int32, and query and pool of one dtype."""
+    for name, tensor in (("query", query), ("pool", pool), ("tables", tables)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
+    for name, tensor in (("tables", tables), ("starts", starts), ("lengths", lengths)):
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be torch.int32, not {tensor.dtype}")
+    if pool.dtype != query.dtype:
+        raise ValueError(f"the pool holds {pool.dtype}, the query {query.dtype}")
+
+
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -102,3 +119,32 @@ def find_tile(
     end = tl.load(starts + mine + 1, mask=mine < B, other=T)
     length = tl.load(lengths + mine, mask=mine < B, other=0)
     return mine, start, end - start, length, (tile - start * HEADS // ROWS - mine) * ROWS
+
+
+@triton.jit
+def share_bounds(share, first, length, seen, KEYS: tl.constexpr):
+    """Keys of share `share` of a context: from, up to; none past the `seen` that the tile's last row may look at."""
+    size = tl.cdiv(tl.cdiv(length - first, tl.num_programs(1)), KEYS) * KEYS
+    low = first + share * size
+    return low, tl.minimum(low + size, tl.minimum(seen, length))
+
+
+@triton.jit
+def softmax_step(scores, largest, total):
+    """One step of a running softmax in base 2: (weights, the factor for what was summed before, new largest, total).
+
+    Rows that have seen nothing yet keep -inf as their largest and weigh nothing.
+    """
+    new = tl.maximum(largest, tl.max(scores, 1))
+    finite = tl.where(new == -float("inf"), 0.0, new)
+    shrink = tl.exp2(largest - finite)
+    weights = tl.exp2(scores - finite[:, None])
+    return weights, shrink, new, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def softmax_end(result, largest, total):
+    """(result normalised, logarithm of the denominator); zeros and -inf for rows that saw nothing."""
+    empty = total == 0.0
+    logarithm = tl.where(empty, -float("inf"), largest + tl.log2(tl.where(empty, 1.0, total)))
+    return result / tl.where(empty, 1.0, total)[:, None], logarithm

@@ -1,4 +1,4 @@
-"""Latent attention over a paged cache: absorbed queries of all heads read one latent row a key (arXiv:2405.04434, 2.1.2).
+"""Latent attention over a paged cache: absorbed queries of all heads read one latent row a key (arXiv:2405.04434).
 
 A row of the pool is 2 (C + R) bytes and serves as key (whole) and as value (its first C numbers). With few heads its
 bytes set the pace, with 128 heads the tensor cores: 2 H (2 C + R) operations a row and query position.
@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benthic.kernels.paged_context import LOG2_E, combine, find_tile, shares_of_context, tile_count, tile_rows
+from benthic.kernels.paged_context import (
+    LOG2_E,
+    combine,
+    find_tile,
+    padded,
+    require_paged,
+    share_bounds,
+    shares_of_context,
+    softmax_end,
+    softmax_step,
+    tile_count,
+    tile_rows,
+)
 
 STEPS = {16: (32, 4, 5), 32: (32, 8, 5), 64: (64, 8, 3)}
 """Rows of a tile to (keys of a step, warps, stages). A key's address comes from the table, a load that the pipeline
@@ -17,18 +29,27 @@ counts as a stage of its own: 3 stages keep one step of keys in flight, 5 keep t
 
 
 def absorbed_paged_attention(
-    query: Tensor, pool: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor, scale: float, rank: int
+    query: Tensor,
+    pool: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    rank: int,
+    first: int = 0,
 ) -> Tensor:
     """query [T, H, C + R] over pool [blocks, block, C + R] -> [T, H, C] (`rank` is C), in query's dtype.
 
     Sequence b owns query rows starts[b] to starts[b + 1] (int32 [B + 1]) and has lengths[b] keys (int32 [B]) with
     those rows' own; its key p is row p % block of block tables[b, p // block] (int32 [B, max_blocks]). Of n rows, row
-    i sees keys 0 to lengths[b] - n + i. A row that sees none, and rows from starts[B] on, are zeros. The host never
-    waits for the device.
+    i sees keys `first` to lengths[b] - n + i. A row that sees none, and rows from starts[B] on, are zeros. The host
+    never waits for the device.
     """
     tokens, heads, width = query.shape
     batch, block = len(lengths), pool.shape[1]
-    _check(query, pool, tables, starts, lengths)
+    require_paged(query, pool, tables, starts, lengths)
+    if pool.shape[2] != width:
+        raise ValueError(f"a row of the pool holds {pool.shape[2]} numbers, a query {width}")
     out = query.new_empty((tokens, heads, rank))
     if not tokens:
         return out
@@ -40,9 +61,9 @@ def absorbed_paged_attention(
     partial = out.new_empty((shares, tokens * heads, rank), dtype=torch.float32) if shares > 1 else out
     logarithms = out.new_empty((shares, tokens * heads), dtype=torch.float32)
     _share[(tiles, shares)](
-        query, pool, tables, starts, lengths, partial, logarithms, scale * LOG2_E, tokens, batch, tables.shape[1],
-        HEADS=heads, RANK=rank, TURNING=width - rank, BLOCK=block, SHARES=shares, ROWS=rows, KEYS=keys,
-        RANK_PADDED=_padded(rank), TURNING_PADDED=_padded(width - rank), SEQUENCES=triton.next_power_of_2(batch + 1),
+        query, pool, tables, starts, lengths, partial, logarithms, scale * LOG2_E, tokens, batch,
+        tables.shape[1], first, HEADS=heads, RANK=rank, TURNING=width - rank, BLOCK=block, SPLIT=shares > 1, ROWS=rows, KEYS=keys,
+        RANK_PADDED=padded(rank), TURNING_PADDED=padded(width - rank), SEQUENCES=triton.next_power_of_2(batch + 1),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if shares > 1:
@@ -50,27 +71,10 @@ def absorbed_paged_attention(
     return out
 
 
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
-def _check(query: Tensor, pool: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor) -> None:
-    for name, tensor in (("query", query), ("pool", pool), ("tables", tables)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
-    for name, tensor in (("tables", tables), ("starts", starts), ("lengths", lengths)):
-        if tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be torch.int32, not {tensor.dtype}")
-    if pool.shape[2] != query.shape[2] or pool.dtype != query.dtype:
-        raise ValueError(
-            f"a row of the pool is {pool.shape[2]} x {pool.dtype}, a query {query.shape[2]} x {query.dtype}"
-        )
-
-
 @triton.jit
 def _share(
-    query, pool, tables, starts, lengths, partial, logarithms, scale, T, B, max_blocks,
-    HEADS: tl.constexpr, RANK: tl.constexpr, TURNING: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr,
+    query, pool, tables, starts, lengths, partial, logarithms, scale, T, B, max_blocks, first_key,
+    HEADS: tl.constexpr, RANK: tl.constexpr, TURNING: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, RANK_PADDED: tl.constexpr, TURNING_PADDED: tl.constexpr,
     SEQUENCES: tl.constexpr,
 ):  # fmt: skip
@@ -87,10 +91,7 @@ def _share(
         query_at = query + row_at[:, None] * WIDTH
         latent_query = tl.load(query_at + c[None, :], mask=real[:, None] & (c < RANK)[None, :], other=0.0)
         turning_query = tl.load(query_at + RANK + r[None, :], mask=real[:, None] & (r < TURNING)[None, :], other=0.0)
-        keys_a_share = tl.cdiv(tl.cdiv(length, SHARES), KEYS) * KEYS
-        low = share * keys_a_share
-        high = tl.minimum(low + keys_a_share, length - count + 1 + (first + ROWS - 1) // HEADS)
-        high = tl.minimum(high, length)
+        low, high = share_bounds(share, first_key, length, length - count + 1 + (first + ROWS - 1) // HEADS, KEYS)
         largest = tl.full((ROWS,), -float("inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         result = tl.zeros((ROWS, RANK_PADDED), tl.float32)
@@ -104,19 +105,12 @@ def _share(
             scores = tl.dot(latent_query, tl.trans(latent))
             scores = tl.dot(turning_query, tl.trans(turning), scores) * scale  # [ROWS, KEYS]
             scores = tl.where(position[None, :] < tl.minimum(seen, high)[:, None], scores, -float("inf"))
-            new = tl.maximum(largest, tl.max(scores, 1))
-            finite = tl.where(new == -float("inf"), 0.0, new)
-            shrink = tl.exp2(largest - finite)
-            weights = tl.exp2(scores - finite[:, None])
-            total = total * shrink + tl.sum(weights, 1)
+            weights, shrink, largest, total = softmax_step(scores, largest, total)
             result = tl.dot(weights.to(latent.dtype), latent, result * shrink[:, None])
-            largest = new
-        empty = total == 0.0
-        result = result / tl.where(empty, 1.0, total)[:, None]
-        logarithm = tl.where(empty, -float("inf"), largest + tl.log2(tl.where(empty, 1.0, total)))
-        if SHARES > 1:
+        result, logarithm = softmax_end(result, largest, total)
+        if SPLIT:
             row_at += share * T * HEADS
             tl.store(logarithms + row_at, logarithm, mask=real)
-        if (SHARES == 1) | (high > low):
+        if (not SPLIT) | (high > low):
             at = partial + row_at[:, None] * RANK + c[None, :]
             tl.store(at, result.to(partial.dtype.element_ty), mask=real[:, None] & (c < RANK)[None, :])

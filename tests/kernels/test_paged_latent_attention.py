@@ -53,6 +53,12 @@ def test_drafts_and_prefill_rows_see_no_key_behind_them(heads, device):
     assert_agree(kernels.absorbed_paged_attention(*arguments), expected_of(*arguments))
 
 
+@pytest.mark.parametrize("first", [1, 3, 25])
+def test_keys_before_the_first_are_hidden(first, device):
+    arguments = paged([1, 2, 5], [20, 70, 5], 16, 32, 16, 16, device)
+    assert_agree(kernels.absorbed_paged_attention(*arguments, first), expected_of(*arguments, first))
+
+
 def test_widths_that_are_no_power_of_two(device):
     arguments = paged([1, 3], [20, 45], 6, 48, 24, 16, device)
     assert_agree(kernels.absorbed_paged_attention(*arguments), expected_of(*arguments))
@@ -82,5 +88,5 @@ def test_wrong_operands_are_named(device):
     query, pool, tables, *rest = paged([1], [20], 16, 32, 16, 16, device)
     with pytest.raises(ValueError, match=r"tables must be torch.int32, not torch.int64"):
         kernels.absorbed_paged_attention(query, pool, tables.long(), *rest)
-    with pytest.raises(ValueError, match=r"a row of the pool is 40 x"):
+    with pytest.raises(ValueError, match=r"a row of the pool holds 40 numbers, a query 48"):
         kernels.absorbed_paged_attention(query, pool[..., :40].contiguous(), tables, *rest)
