@@ -56,8 +56,8 @@ def paged_attention(
     logarithms = out.new_empty((shares, tokens * heads), dtype=torch.float32)
     _share[(tiles, shares, key_heads)](
         query, pool, tables, starts, lengths, partial, logarithms, scale * LOG2_E, tokens, batch,
-        tables.shape[1], first, KEY_HEADS=key_heads, GROUP=group, WIDTH=width, VALUE_WIDTH=value_width, BLOCK=block, SPLIT=shares > 1,
-        ROWS=rows, KEYS=KEYS, PADDED=padded(width), VALUE_PADDED=padded(value_width),
+        tables.shape[1], first, KEY_HEADS=key_heads, GROUP=group, WIDTH=width, VALUE_WIDTH=value_width, BLOCK=block,
+        SPLIT=shares > 1, ROWS=rows, KEYS=KEYS, PADDED=padded(width), VALUE_PADDED=padded(value_width),
         SEQUENCES=triton.next_power_of_2(batch + 1), num_warps=4, num_stages=5,
     )  # fmt: skip
     if shares > 1:

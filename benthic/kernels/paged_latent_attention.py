@@ -62,9 +62,9 @@ def absorbed_paged_attention(
     logarithms = out.new_empty((shares, tokens * heads), dtype=torch.float32)
     _share[(tiles, shares)](
         query, pool, tables, starts, lengths, partial, logarithms, scale * LOG2_E, tokens, batch,
-        tables.shape[1], first, HEADS=heads, RANK=rank, TURNING=width - rank, BLOCK=block, SPLIT=shares > 1, ROWS=rows, KEYS=keys,
-        RANK_PADDED=padded(rank), TURNING_PADDED=padded(width - rank), SEQUENCES=triton.next_power_of_2(batch + 1),
-        num_warps=warps, num_stages=stages,
+        tables.shape[1], first, HEADS=heads, RANK=rank, TURNING=width - rank, BLOCK=block, SPLIT=shares > 1,
+        ROWS=rows, KEYS=keys, RANK_PADDED=padded(rank), TURNING_PADDED=padded(width - rank),
+        SEQUENCES=triton.next_power_of_2(batch + 1), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if shares > 1:
         combine(partial, logarithms, out.view(-1, rank))
