@@ -60,9 +60,10 @@ def turn_and_write_latents(
     if tokens:
         _latents[(tokens,)](
             query, projected, weight, torch.view_as_real(rotations), positions, slots, pool, absorbed, eps,
-            projected.stride(0), query.stride(0), query.stride(1), query.shape[2] - 2 * pairs, absorbed.stride(0), absorbed.stride(1),
-            RANK=rank, RANK_PADDED=padded(rank), PAIRS=pairs, PAIRS_PADDED=padded(pairs),
-            HEADS=heads, HEADS_PADDED=triton.next_power_of_2(max(heads, 1)), INTERLEAVED=interleaved, num_warps=4,
+            projected.stride(0), query.stride(0), query.stride(1), query.shape[2] - 2 * pairs,
+            absorbed.stride(0), absorbed.stride(1), RANK=rank, RANK_PADDED=padded(rank),
+            PAIRS=pairs, PAIRS_PADDED=padded(pairs), HEADS=heads, HEADS_PADDED=triton.next_power_of_2(max(heads, 1)),
+            INTERLEAVED=interleaved, num_warps=4,
         )  # fmt: skip
 
 
@@ -149,9 +150,10 @@ def _turn_heads(
 
 @triton.jit
 def _latents(
-    query, projected, weight, rotations, positions, slots, pool, absorbed, eps, projected_token, query_token, query_head, query_first,
-    absorbed_token, absorbed_head, RANK: tl.constexpr, RANK_PADDED: tl.constexpr, PAIRS: tl.constexpr,
-    PAIRS_PADDED: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    query, projected, weight, rotations, positions, slots, pool, absorbed, eps, projected_token, query_token,
+    query_head, query_first, absorbed_token, absorbed_head, RANK: tl.constexpr, RANK_PADDED: tl.constexpr,
+    PAIRS: tl.constexpr, PAIRS_PADDED: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + 2 * PAIRS
     token = tl.program_id(0).to(tl.int64)
