@@ -61,10 +61,10 @@ def _run(x, experts, weights, gate_up_proj, gate_up_scales, down_proj, down_scal
         return out
     hidden = x.new_empty((pairs, inner))
     rows = x.new_empty((pairs, width), dtype=torch.float32)
+    columns, warps = (16, 4) if tokens <= 16 else (32, 8)
     common = {
-        "CHOSEN": chosen, "PAIRS": triton.next_power_of_2(pairs), "COLUMNS": 16 if tokens <= 16 else 32,
-        "ROWS": ROWS, "DEPTH": 128,
-        "SCALED": gate_up_scales is not None, "num_warps": 4, "num_stages": 4,
+        "CHOSEN": chosen, "PAIRS": triton.next_power_of_2(pairs), "COLUMNS": columns, "ROWS": ROWS, "DEPTH": 128,
+        "SCALED": gate_up_scales is not None, "num_warps": warps, "num_stages": 4,
     }  # fmt: skip
     _hidden[(triton.cdiv(inner, ROWS), pairs)](
         x, experts, weights, gate_up_proj, gate_up_scales, hidden, pairs, D=width, F=inner, **common

@@ -34,7 +34,7 @@ def shares_of_context(programs: int, longest: int, keys: int, device: torch.devi
     The fewest shares within 10% of the best use of its multiprocessors: more of them cost more to combine.
     """
     most = max(1, min(triton.cdiv(longest, keys), 128))
-    places = _multiprocessors(device)
+    places = multiprocessors(device)
     if programs >= 4 * places:
         return 1
     used = [programs * shares / (triton.cdiv(programs * shares, places) * places) for shares in range(1, most + 1)]
@@ -59,7 +59,8 @@ def require_paged(query: Tensor, pool: Tensor, tables: Tensor, starts: Tensor, l
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 4 elsewhere, for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
