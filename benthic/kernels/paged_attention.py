@@ -51,7 +51,7 @@ def paged_attention(
     group = heads // key_heads
     rows = tile_rows(tokens, batch, group)
     tiles = tile_count(tokens, batch, group, rows)
-    shares = shares_of_context((tiles - batch - 1 or batch) * key_heads, tables.shape[1] * block, KEYS, query.device)
+    shares = shares_of_context(tiles * key_heads, tables.shape[1] * block, KEYS, query.device)
     partial = out.new_empty((shares, tokens * heads, value_width), dtype=torch.float32) if shares > 1 else out
     logarithms = out.new_empty((shares, tokens * heads), dtype=torch.float32)
     _share[(tiles, shares, key_heads)](

@@ -23,22 +23,21 @@ def tile_rows(tokens: int, batch: int, heads: int) -> int:
 
 
 def tile_count(tokens: int, batch: int, heads: int, rows: int) -> int:
-    """Tiles that `find_tile` may need. Sequence b begins at tile starts[b] * heads // rows + b, so that no tile
-    number depends on other sequences' lengths; tokens behind the last sequence count as one more."""
-    return tokens * heads // rows + batch + 1
+    """The most tiles that any split of `tokens` among `batch` sequences, and tokens behind them, needs."""
+    return min(tokens * triton.cdiv(heads, rows), (tokens * heads + (rows - 1) * (batch + 1)) // rows)
 
 
 def shares_of_context(programs: int, longest: int, keys: int, device: torch.device) -> int:
-    """Into how many shares to cut contexts of up to `longest` keys, so that `programs` tiles fill the device.
+    """Into how many shares to cut contexts of up to `longest` keys, read `keys` at a time by `programs` tiles.
 
-    The fewest shares within 10% of the best use of its multiprocessors: more of them cost more to combine.
+    What minimises the steps of a multiprocessor, with two more for a program's start and end; at most 128.
     """
-    most = max(1, min(triton.cdiv(longest, keys), 128))
-    places = multiprocessors(device)
-    if programs >= 4 * places:
-        return 1
-    used = [programs * shares / (triton.cdiv(programs * shares, places) * places) for shares in range(1, most + 1)]
-    return next(shares for shares, share_used in enumerate(used, 1) if share_used >= 0.9 * max(used))
+    steps, places = triton.cdiv(longest, keys), multiprocessors(device)
+
+    def steps_of_a_place(shares: int) -> int:
+        return triton.cdiv(programs * shares, places) * (triton.cdiv(steps, shares) + 2)
+
+    return min(range(1, min(steps, 128) + 1), key=steps_of_a_place, default=1)
 
 
 def padded(width: int) -> int:
@@ -71,55 +70,48 @@ def combine(partial: Tensor, logarithms: Tensor, out: Tensor) -> Tensor:
     A partial whose logarithm is -inf is never read.
     """
     shares, rows, width = partial.shape
-    block = min(128, triton.next_power_of_2(width))
+    block = min(64, triton.next_power_of_2(width))
     if rows:
         _combine[(rows, triton.cdiv(width, block))](
-            partial, logarithms, out, rows, shares, WIDTH=width, BLOCK=block, SHARES=16, num_warps=4
-        )
+            partial, logarithms, out, rows, shares, WIDTH=width, BLOCK=block, SHARES=triton.next_power_of_2(shares),
+            num_warps=4,
+        )  # fmt: skip
     return out
 
 
 @triton.jit
 def _combine(partial, logarithms, out, rows, shares, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     share = tl.arange(0, SHARES)
-    largest = tl.full((SHARES,), -float("inf"), tl.float32)
-    for first in range(0, shares, SHARES):
-        at = (first + share) * rows + row
-        largest = tl.maximum(largest, tl.load(logarithms + at, mask=first + share < shares, other=-float("inf")))
-    top = tl.max(largest, 0)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.zeros((SHARES,), tl.float32)
-    result = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, shares, SHARES):
-        at = (first + share) * rows + row
-        logarithm = tl.load(logarithms + at, mask=first + share < shares, other=-float("inf"))
-        weight = tl.exp2(logarithm - top)
-        inside = (logarithm > -float("inf"))[:, None] & (column < WIDTH)[None, :]
-        values = tl.load(partial + at[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
-        result += tl.sum(values * weight[:, None], 0)
-        total += weight
-    denominator = tl.sum(total, 0)
-    result = result / tl.where(denominator == 0.0, 1.0, denominator)
-    tl.store(out + row * WIDTH + column, result.to(out.dtype.element_ty), mask=column < WIDTH)
+    at = share.to(tl.int64) * rows + tl.program_id(0)
+    logarithm = tl.load(logarithms + at, mask=share < shares, other=-float("inf"))
+    largest = tl.max(logarithm, 0)
+    weight = tl.exp2(logarithm - tl.where(largest == -float("inf"), 0.0, largest))
+    inside = (logarithm > -float("inf"))[:, None] & (column < WIDTH)[None, :]
+    values = tl.load(partial + at[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
+    total = tl.sum(weight, 0)
+    result = tl.sum(values * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    at_out = out + tl.program_id(0).to(tl.int64) * WIDTH + column
+    tl.store(at_out, result.to(out.dtype.element_ty), mask=column < WIDTH)
 
 
 @triton.jit
-def find_tile(
-    tile, starts, lengths, T, B, HEADS: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr
-):  # fmt: skip
-    """(sequence, its first token, its tokens, its keys, the tile's first row within it).
+def find_tile(tile, starts, lengths, T, B, HEADS: tl.constexpr, ROWS: tl.constexpr, SEQUENCES: tl.constexpr):
+    """(sequence, its first token, its tokens, its keys, the tile's first row within it); no tokens past the last tile.
 
     Tokens behind starts[B] are sequence B, which has no keys. SEQUENCES is a power of two above B.
     """
     sequence = tl.arange(0, SEQUENCES)
-    first = tl.load(starts + sequence, mask=sequence <= B, other=0)
-    mine = tl.sum(((first * HEADS // ROWS + sequence <= tile) & (sequence <= B)).to(tl.int32), 0) - 1
-    start = tl.load(starts + mine)
-    end = tl.load(starts + mine + 1, mask=mine < B, other=T)
+    first = tl.load(starts + sequence, mask=sequence <= B, other=T)
+    after = tl.load(starts + sequence + 1, mask=sequence < B, other=T)
+    tiles = tl.cdiv((after - first) * HEADS, ROWS)
+    ends = tl.cumsum(tiles, 0)
+    mine = tl.sum((ends <= tile).to(tl.int32), 0)
+    is_mine = sequence == mine
+    start = tl.sum(tl.where(is_mine, first, 0), 0)
+    count = tl.sum(tl.where(is_mine, after - first, 0), 0)
     length = tl.load(lengths + mine, mask=mine < B, other=0)
-    return mine, start, end - start, length, (tile - start * HEADS // ROWS - mine) * ROWS
+    return mine, start, count, length, (tile - tl.sum(tl.where(is_mine, ends - tiles, 0), 0)) * ROWS
 
 
 @triton.jit

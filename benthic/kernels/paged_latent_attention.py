@@ -56,8 +56,7 @@ def absorbed_paged_attention(
     rows = tile_rows(tokens, batch, heads)
     tiles = tile_count(tokens, batch, heads, rows)
     keys, warps, stages = STEPS[rows]
-    # Tiles without rows end at once: what fills the device are those that have some.
-    shares = shares_of_context(tiles - batch - 1 or batch, tables.shape[1] * block, keys, query.device)
+    shares = shares_of_context(tiles, tables.shape[1] * block, keys, query.device)
     partial = out.new_empty((shares, tokens * heads, rank), dtype=torch.float32) if shares > 1 else out
     logarithms = out.new_empty((shares, tokens * heads), dtype=torch.float32)
     _share[(tiles, shares)](
