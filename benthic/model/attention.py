@@ -52,31 +52,36 @@ class LatentAttention(nn.Module):
         self, hidden: Float[Tensor, "batch positions width"], span: Span
     ) -> Float[Tensor, "batch positions width"]:
         """Expands keys and values when no token came before, else works on the latents."""
-        query, turning = self._queries(hidden).split_with_sizes((self.key_width, self.rotary_width), -1)
-        latent, key = self.kv_a_proj_with_mqa(hidden).split_with_sizes((self.rank, self.rotary_width), -1)
+        first, latent_and_key = self._first_projections(hidden)
+        query = self.q_b_proj(self.q_a_layernorm(first)) if self.compresses_queries else first
+        query = query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
+        latent, key = latent_and_key.split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
-        # Queries' and keys' rotary channels turn together: half as many small operations.
-        turned = ops.rotary(torch.cat((turning, key[:, :, None]), 2), span.rotations, self.interleaved)
-        rotary_query, rotary_key = turned.split_with_sizes((self.heads, 1), 2)  # [B, S, H, R], [B, S, 1, R]
         if span.cache is not None:
-            latents = span.cache.write(self.layer, torch.cat((latent, rotary_key[:, :, 0]), -1))
             if span.cache.length:
-                expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
-                out = ops.absorbed_attention(query, rotary_query, latents, expansion, self.scale, span.mask)
-                return self.o_proj(out.flatten(2))
+                return self._continue(query, latent, key, span, span.cache)
+            turned = ops.rotary(key[:, :, None], span.rotations, self.interleaved)
+            span.cache.write(self.layer, torch.cat((latent, turned[:, :, 0]), -1))
         expanded = self.kv_b_proj(latent).view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + V]
-        key, value = expanded.split_with_sizes((self.key_width, self.value_width), -1)
-        query = torch.cat((query, rotary_query), -1)
-        key = torch.cat((key, rotary_key.expand(-1, -1, self.heads, -1)), -1)  # [B, S, H, N + R]
+        query, key, value = ops.latent_heads(query, expanded, key, span.rotations, self.interleaved)
         out = ops.attention(query, key, value, self.scale, span.mask)
         return self.o_proj(out.flatten(2))
 
-    def _queries(self, hidden: Tensor) -> Tensor:
-        if self.compresses_queries:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
-        else:
-            query = self.q_proj(hidden)
-        return query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
+    def _continue(self, query: Tensor, latent: Tensor, key: Tensor, span: Span, cache: Cache) -> Tensor:
+        """Attention of tokens that follow cached ones."""
+        query, turning = query.split_with_sizes((self.key_width, self.rotary_width), -1)
+        # Queries' and keys' rotary channels turn together: half as many small operations.
+        turned = ops.rotary(torch.cat((turning, key[:, :, None]), 2), span.rotations, self.interleaved)
+        rotary_query, rotary_key = turned.split_with_sizes((self.heads, 1), 2)  # [B, S, H, R], [B, S, 1, R]
+        latents = cache.write(self.layer, torch.cat((latent, rotary_key[:, :, 0]), -1))
+        expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
+        out = ops.absorbed_attention(query, rotary_query, latents, expansion, self.scale, span.mask)
+        return self.o_proj(out.flatten(2))
+
+    def _first_projections(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of queries, or of what they are compressed to; and of the latent with the rotary key."""
+        first = self.q_a_proj if self.compresses_queries else self.q_proj
+        return first(hidden), self.kv_a_proj_with_mqa(hidden)
 
 
 class PlainAttention(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -42,7 +41,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
-        logits = F.linear(x.float(), self.weight.float())  # [T, E]
+        logits = ops.router_logits(x, self.weight)  # [T, E]
         return ops.route(logits, self.e_score_correction_bias, self.config)
 
     def _apply(self, fn, recurse: bool = True) -> Router:

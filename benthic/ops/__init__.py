@@ -2,23 +2,27 @@
 
 from benthic.ops.attention import absorbed_attention, attention, causal_mask, document_mask
 from benthic.ops.experts import routed_experts
+from benthic.ops.latent_heads import latent_heads
 from benthic.ops.linear_cross_entropy import linear_cross_entropy
-from benthic.ops.norm import rms_norm
+from benthic.ops.norm import add_rms_norm, rms_norm
 from benthic.ops.rotary import RotaryTable, rotary
-from benthic.ops.route import Routing, route
+from benthic.ops.route import Routing, route, router_logits
 from benthic.ops.swiglu import swiglu
 
 __all__ = [
     "RotaryTable",
     "Routing",
     "absorbed_attention",
+    "add_rms_norm",
     "attention",
     "causal_mask",
     "document_mask",
+    "latent_heads",
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
     "route",
     "routed_experts",
+    "router_logits",
     "swiglu",
 ]

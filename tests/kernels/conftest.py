@@ -15,19 +15,18 @@ needs_hopper = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _loops_to_a_loaded_bound(monkeypatch):
-    """Triton's interpreter (3.6) holds a loaded number as an array of one, which NumPy no longer takes for a loop's
-    bound."""
+def loop_bounds(monkeypatch):
+    """Lets the interpreter (3.6) loop up to an argument: numpy 2.4 no longer makes an int of an array of one."""
     if torch.cuda.is_available():
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton comes with CUDA builds of torch")
-    patch = interpreter._patch_lang_tensor
+    plain = interpreter._patch_lang_tensor
 
-    def patch_more(tensor, scope):
-        patch(tensor, scope)
+    def patch(tensor, scope):
+        plain(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_more)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
 @pytest.fixture
