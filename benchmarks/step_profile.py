@@ -162,7 +162,9 @@ def work_of(kernel: str, host: Event | None) -> Work:
     if host is None:
         return Work(kernel_name(kernel))
     name, arguments = host["name"], host.get("args", {})
-    shapes = [shape for shape in arguments.get("Input Dims", []) if isinstance(shape, list)]
+    # A list of tensors has a list of shapes and no type; it counts as unknown.
+    given = [shape for shape in arguments.get("Input Dims", []) if isinstance(shape, list)]
+    shapes = [shape if all(isinstance(size, int) for size in shape) else [] for shape in given]
     types = arguments.get("Input type", [])
     if name in MATMULS and len(operands := [s for s in shapes if len(s) in (2, 3)]) >= 2:
         return _matmul(name, operands[-2:] if name == "aten::addmm" else operands[:2])
