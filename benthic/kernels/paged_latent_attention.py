@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benthic.kernels import paged_latent_attention_hopper as hopper
 from benthic.kernels.paged_context import (
     LOG2_E,
     combine,
@@ -45,6 +46,21 @@ def absorbed_paged_attention(
     i sees keys `first` to lengths[b] - n + i. A row that sees none, and rows from starts[B] on, are zeros. The host
     never waits for the device.
     """
+    implementation = hopper.absorbed_paged_attention if hopper.suits(query, pool, rank) else in_triton
+    return implementation(query, pool, tables, starts, lengths, scale, rank, first)
+
+
+def in_triton(
+    query: Tensor,
+    pool: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scale: float,
+    rank: int,
+    first: int = 0,
+) -> Tensor:
+    """absorbed_paged_attention for any widths, blocks and GPU that holds a step's keys in shared memory."""
     tokens, heads, width = query.shape
     batch, block = len(lengths), pool.shape[1]
     require_paged(query, pool, tables, starts, lengths)

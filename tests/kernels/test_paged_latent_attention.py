@@ -44,36 +44,36 @@ def assert_agree(actual, expected):
 @pytest.mark.parametrize("heads", [1, 16, 24, 128])
 def test_one_row_a_sequence_over_odd_lengths_equals_the_reference(heads, block, device):
     arguments = paged([1] * 4, [1, 77, block, 3 * block + 1], heads, 64, 16, block, device)
-    assert_agree(kernels.absorbed_paged_attention(*arguments), expected_of(*arguments))
+    assert_agree(kernels.in_triton(*arguments), expected_of(*arguments))
 
 
 @pytest.mark.parametrize("heads", [4, 16, 40])
 def test_drafts_and_prefill_rows_see_no_key_behind_them(heads, device):
     arguments = paged([2, 4, 1, 21, 3], [2, 40, 33, 50, 3], heads, 32, 16, 16, device)
-    assert_agree(kernels.absorbed_paged_attention(*arguments), expected_of(*arguments))
+    assert_agree(kernels.in_triton(*arguments), expected_of(*arguments))
 
 
 @pytest.mark.parametrize("first", [1, 3, 25])
 def test_keys_before_the_first_are_hidden(first, device):
     arguments = paged([1, 2, 5], [20, 70, 5], 16, 32, 16, 16, device)
-    assert_agree(kernels.absorbed_paged_attention(*arguments, first), expected_of(*arguments, first))
+    assert_agree(kernels.in_triton(*arguments, first), expected_of(*arguments, first))
 
 
 def test_widths_that_are_no_power_of_two(device):
     arguments = paged([1, 3], [20, 45], 6, 48, 24, 16, device)
-    assert_agree(kernels.absorbed_paged_attention(*arguments), expected_of(*arguments))
+    assert_agree(kernels.in_triton(*arguments), expected_of(*arguments))
 
 
 @pytest.mark.parametrize("shares", [1, 3, 40])
 def test_any_number_of_shares_gives_the_same(shares, device, monkeypatch):
     monkeypatch.setattr(kernels, "shares_of_context", lambda *_: shares)
     arguments = paged([1, 2, 2], [400, 90, 2], 16, 32, 16, 16, device)
-    assert_agree(kernels.absorbed_paged_attention(*arguments), expected_of(*arguments))
+    assert_agree(kernels.in_triton(*arguments), expected_of(*arguments))
 
 
 def test_sequences_without_rows_and_rows_without_keys_are_zeros(device):
     arguments = paged([0, 1, 0, 2], [30, 20, 0, 1], 16, 32, 16, 16, device, padding=5)
-    actual = kernels.absorbed_paged_attention(*arguments)
+    actual = kernels.in_triton(*arguments)
     assert_agree(actual, expected_of(*arguments))
     assert not actual[1].any()  # of two rows over one key, the first sees none
     assert not actual[3:].any()
@@ -81,12 +81,24 @@ def test_sequences_without_rows_and_rows_without_keys_are_zeros(device):
 
 def test_nothing_to_do_is_fine(device):
     arguments = paged([0], [0], 16, 32, 16, 16, device)
-    assert kernels.absorbed_paged_attention(*arguments).shape == (0, 16, 32)
+    assert kernels.in_triton(*arguments).shape == (0, 16, 32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter takes minutes at these widths")
+@pytest.mark.parametrize("heads", [16, 32, 128])
+def test_published_widths(heads, device):
+    arguments = paged([1, 1, 2], [1, 700, 65], heads, 512, 64, 64, device)
+    assert_agree(kernels.in_triton(*arguments), expected_of(*arguments))
+
+
+def test_where_there_is_no_kernel_of_its_own_triton_runs(device):
+    arguments = paged([1, 2], [20, 45], 6, 48, 24, 16, device)
+    assert torch.equal(kernels.absorbed_paged_attention(*arguments), kernels.in_triton(*arguments))
 
 
 def test_wrong_operands_are_named(device):
     query, pool, tables, *rest = paged([1], [20], 16, 32, 16, 16, device)
     with pytest.raises(ValueError, match=r"tables must be torch.int32, not torch.int64"):
-        kernels.absorbed_paged_attention(query, pool, tables.long(), *rest)
+        kernels.in_triton(query, pool, tables.long(), *rest)
     with pytest.raises(ValueError, match=r"a row of the pool holds 40 numbers, a query 48"):
-        kernels.absorbed_paged_attention(query, pool[..., :40].contiguous(), tables, *rest)
+        kernels.in_triton(query, pool[..., :40].contiguous(), tables, *rest)
