@@ -55,7 +55,7 @@ def turn_and_write_latents(
             f"{width} columns were projected; {rank} weights and {pairs} rotations need {rank + 2 * pairs}, "
             f"and a row of the pool holds {pool.shape[2]}"
         )
-    _require_rows(projected, rotations, positions, slots, pool)
+    require_rows(projected, rotations, positions, slots, pool)
     heads = query.shape[1] if query.shape[2] else 0
     if tokens:
         _latents[(tokens,)](
@@ -87,7 +87,7 @@ def turn_and_write_keys(
             f"keys {list(key.shape)}, values {list(value.shape)}, queries {list(query.shape)} and {pairs} rotations "
             f"do not fit rows of {pool.shape[2]}"
         )
-    _require_rows(query, rotations, positions, slots, pool)
+    require_rows(query, rotations, positions, slots, pool)
     for name, tensor in (("query", query), ("key", key)):
         if tensor.stride(1) != width:
             raise ValueError(f"heads of {name} must follow each other, not be {tensor.stride(1)} elements apart")
@@ -103,24 +103,33 @@ def turn_and_write_keys(
     return turned
 
 
-def _require_rows(rows: Tensor, rotations: Tensor, positions: Tensor, slots: Tensor, pool: Tensor) -> None:
+def require_rows(
+    rows: Tensor,
+    rotations: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    pool: Tensor,
+    stored: torch.dtype | None = None,
+) -> None:
+    """Raises ValueError unless what is written fits how it is addressed; `stored` is the pool's dtype, the rows' if
+    None."""
     for name, tensor in (("rotations", rotations), ("positions", positions), ("slots", slots), ("pool", pool)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
-    if rows.stride(-1) != 1 or rows.dtype != pool.dtype:
+    if rows.stride(-1) != 1 or pool.dtype != (stored or rows.dtype):
         raise ValueError(f"rows of {rows.dtype} with strides {rows.stride()} do not go into a pool of {pool.dtype}")
     if rotations.dtype != torch.complex64:
         raise ValueError(f"rotations must be torch.complex64, not {rotations.dtype}")
 
 
 @triton.jit
-def _angles(rotations, position, pair, PAIRS: tl.constexpr):
+def angles(rotations, position, pair, PAIRS: tl.constexpr):
     at = rotations + (position * PAIRS + pair) * 2
     return tl.load(at, mask=pair < PAIRS, other=0.0), tl.load(at + 1, mask=pair < PAIRS, other=0.0)
 
 
 @triton.jit
-def _pair(pair, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+def channels_of_pairs(pair, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Channels of a pair, after each other's order."""
     if INTERLEAVED:
         first = 2 * pair
@@ -132,7 +141,7 @@ def _pair(pair, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def _turn_heads(
+def turn_heads(
     source, target, cos, sin, first, second, inside, SOURCE_HEAD, TARGET_HEAD, HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -160,18 +169,18 @@ def _latents(
     slot = tl.load(slots + token).to(tl.int64)
     position = tl.load(positions + token).to(tl.int64)
     pair = tl.arange(0, PAIRS_PADDED)
-    cos, sin = _angles(rotations, position, pair, PAIRS)
-    first, second = _pair(pair, PAIRS, INTERLEAVED)
+    cos, sin = angles(rotations, position, pair, PAIRS)
+    first, second = channels_of_pairs(pair, PAIRS, INTERLEAVED)
     if slot >= 0:
         c = tl.arange(0, RANK_PADDED)
         latent = tl.load(projected + token * projected_token + c, mask=c < RANK, other=0.0).to(tl.float32)
         scale = tl.load(weight + c, mask=c < RANK, other=0.0).to(tl.float32)
         latent = latent * tl.rsqrt(tl.sum(latent * latent, 0) / RANK + eps) * scale
         tl.store(pool + slot * WIDTH + c, latent.to(pool.dtype.element_ty), mask=c < RANK)
-        _turn_heads(projected + token * projected_token + RANK, pool + slot * WIDTH + RANK, cos, sin, first, second,
+        turn_heads(projected + token * projected_token + RANK, pool + slot * WIDTH + RANK, cos, sin, first, second,
                     pair < PAIRS, 0, 0, 1, 1)  # fmt: skip
     if HEADS > 0:
-        _turn_heads(query + token * query_token + query_first, absorbed + token * absorbed_token + RANK, cos, sin,
+        turn_heads(query + token * query_token + query_first, absorbed + token * absorbed_token + RANK, cos, sin,
                     first, second, pair < PAIRS, query_head, absorbed_head, HEADS, HEADS_PADDED)  # fmt: skip
 
 
@@ -186,13 +195,13 @@ def _keys(
     slot = tl.load(slots + token).to(tl.int64)
     position = tl.load(positions + token).to(tl.int64)
     pair = tl.arange(0, PAIRS_PADDED)
-    cos, sin = _angles(rotations, position, pair, PAIRS)
-    first, second = _pair(pair, PAIRS, INTERLEAVED)
-    _turn_heads(query + token * query_token, turned + token * HEADS * WIDTH, cos, sin, first, second, pair < PAIRS,
+    cos, sin = angles(rotations, position, pair, PAIRS)
+    first, second = channels_of_pairs(pair, PAIRS, INTERLEAVED)
+    turn_heads(query + token * query_token, turned + token * HEADS * WIDTH, cos, sin, first, second, pair < PAIRS,
                 WIDTH, WIDTH, HEADS, HEADS_PADDED)  # fmt: skip
     if slot >= 0:
         row = pool + slot * (KEY_HEADS * WIDTH + VALUES)
-        _turn_heads(key + token * key_token, row, cos, sin, first, second, pair < PAIRS, WIDTH, WIDTH, KEY_HEADS,
+        turn_heads(key + token * key_token, row, cos, sin, first, second, pair < PAIRS, WIDTH, WIDTH, KEY_HEADS,
                     KEY_HEADS_PADDED)  # fmt: skip
         v = tl.arange(0, VALUES_PADDED)
         values = tl.load(value + token * VALUES + v, mask=v < VALUES, other=0.0)

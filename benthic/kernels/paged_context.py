@@ -45,15 +45,23 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def require_paged(query: Tensor, pool: Tensor, tables: Tensor, starts: Tensor, lengths: Tensor) -> None:
-    """Raises ValueError unless tensors are contiguous, numbers int32, and query and pool of one dtype."""
+def require_paged(
+    query: Tensor,
+    pool: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    stored: torch.dtype | None = None,
+) -> None:
+    """Raises ValueError unless tensors are contiguous, numbers int32, and the pool of dtype `stored`, the query's if
+    None."""
     for name, tensor in (("query", query), ("pool", pool), ("tables", tables)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
     for name, tensor in (("tables", tables), ("starts", starts), ("lengths", lengths)):
         if tensor.dtype != torch.int32:
             raise ValueError(f"{name} must be torch.int32, not {tensor.dtype}")
-    if pool.dtype != query.dtype:
+    if pool.dtype != (stored or query.dtype):
         raise ValueError(f"the pool holds {pool.dtype}, the query {query.dtype}")
 
 
