@@ -27,12 +27,13 @@ def tile_count(tokens: int, batch: int, heads: int, rows: int) -> int:
     return min(tokens * triton.cdiv(heads, rows), (tokens * heads + (rows - 1) * (batch + 1)) // rows)
 
 
-def shares_of_context(programs: int, longest: int, keys: int, device: torch.device) -> int:
+def shares_of_context(programs: int, longest: int, keys: int, device: torch.device, resident: int = 1) -> int:
     """Into how many shares to cut contexts of up to `longest` keys, read `keys` at a time by `programs` tiles.
 
-    What minimises the steps of a multiprocessor, with two more for a program's start and end; at most 128.
+    What minimises the steps of a multiprocessor's `resident` places for programs, with two more for a program's start
+    and end; at most 128.
     """
-    steps, places = triton.cdiv(longest, keys), multiprocessors(device)
+    steps, places = triton.cdiv(longest, keys), multiprocessors(device) * resident
 
     def steps_of_a_place(shares: int) -> int:
         return triton.cdiv(programs * shares, places) * (triton.cdiv(steps, shares) + 2)

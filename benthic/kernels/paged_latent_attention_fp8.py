@@ -28,8 +28,9 @@ from benthic.kernels.paged_context import (
 
 TAIL = 16
 """Bytes of a row behind its channels: the factor, and what fills up to 16."""
-STEPS = {16: (64, 4, 5), 32: (64, 8, 5), 64: (64, 8, 3)}
-"""Rows of a tile to (keys of a step, warps, stages): paged_latent_attention."""
+STEPS = {16: (32, 4, 5), 32: (32, 8, 5), 64: (64, 8, 3)}
+"""Rows of a tile to (keys of a step, warps, stages). Under 64 rows the pipeline loads no e4m3 ahead (Triton 3.6: two
+operand layouts of one narrow load), so two programs share a multiprocessor and wait in turn."""
 
 
 def absorbed_paged_attention_fp8(
@@ -57,7 +58,7 @@ def absorbed_paged_attention_fp8(
     rows = tile_rows(tokens, batch, heads)
     tiles = tile_count(tokens, batch, heads, rows)
     keys, warps, stages = STEPS[rows]
-    shares = shares_of_context(tiles, tables.shape[1] * block, keys, query.device)
+    shares = shares_of_context(tiles, tables.shape[1] * block, keys, query.device, resident=1 if rows == 64 else 2)
     partial = out.new_empty((shares, tokens * heads, rank), dtype=torch.float32) if shares > 1 else out
     logarithms = out.new_empty((shares, tokens * heads), dtype=torch.float32)
     _share[(tiles, shares)](

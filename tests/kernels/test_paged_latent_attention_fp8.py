@@ -42,7 +42,7 @@ def test_attention_over_odd_lengths_equals_the_reference(heads, block, device):
 
 @pytest.mark.parametrize("shares", [1, 3, 12])
 def test_any_number_of_shares_and_keys_that_are_hidden(shares, device, monkeypatch):
-    monkeypatch.setattr(kernels, "shares_of_context", lambda *_: shares)
+    monkeypatch.setattr(kernels, "shares_of_context", lambda *_, **__: shares)
     _, arguments = packed([1, 2], [400, 90], 16, 32, 16, 16, device)
     assert_agree(kernels.absorbed_paged_attention_fp8(*arguments, 3), expected_of(*arguments, 3))
 
