@@ -20,9 +20,11 @@ from benthic.kernels import cache_write, paged_latent_attention
 from benthic.kernels.decode_matmul_fp8 import decode_matmul_fp8
 from benthic.kernels.expert_decode import few_token_experts, few_token_experts_fp8
 from benthic.kernels.paged_attention import paged_attention
+from benthic.kernels.paged_latent_attention_fp8 import absorbed_paged_attention_fp8
 from benthic.numerics.reference import cache_write as cache_write_reference
 from benthic.numerics.reference.decode_matmul_fp8 import decode_matmul_fp8 as plain_matmul_fp8
 from benthic.numerics.reference.expert_decode import few_token_experts_fp8 as plain_experts_fp8
+from benthic.numerics.reference.paged_latent_attention_fp8 import pack, unpack
 from benthic.numerics.reference.quantise import quantise_weights
 from benthic.ops.experts import routed_experts
 
@@ -42,6 +44,8 @@ def cases(device: str) -> Iterator[Case]:
     """Every case, made when asked for."""
     for shape in ATTENTION:
         yield _latent_attention(*shape, device)
+    for shape in ((128, 128, 4096), (128, 64, 4096), (128, 16, 4096), (1, 128, 32768), (256, 16, 768)):
+        yield _latent_attention_fp8(*shape, device)
     for batch, heads, key_heads, length in ((32, 32, 8, 4096), (128, 32, 8, 1024), (1, 32, 8, 32768)):
         yield _plain_attention(batch, heads, key_heads, length, device)
     for tokens in (1, 2, 4, 8, 16, 32, 64, 128):
@@ -101,6 +105,27 @@ def _latent_attention(batch: int, heads: int, rows: int, length: int, device: st
         lambda out: _error(out.reshape(batch, rows, heads, C)[list(some)], expected), TOLERANCE,
         bytes=2 * (batch * length * (C + R) + batch * rows * heads * (2 * C + R)),
         flops=2 * batch * rows * heads * length * (2 * C + R),
+    )  # fmt: skip
+
+
+def _latent_attention_fp8(batch: int, heads: int, length: int, device: str) -> Case:
+    """The peer is our own kernel over bfloat16 latents, which the shape's bytes do not count."""
+    tables, lengths = _paged(batch, length, device)
+    pool, query = _noise(device, tables.numel(), BLOCK, C + R), _noise(device, batch, heads, C + R)
+    small = torch.cat([pack(rows, C) for rows in pool.split(1024)])
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    arguments = tables, starts, lengths, 192**-0.5, C
+    keys = unpack(small[tables[0].long()].view(-1, small.shape[2])[:length], C, torch.bfloat16)
+    expected = (query[0].float() @ keys.T * 192**-0.5).softmax(-1) @ keys[:, :C]
+    return Case(
+        "latent attention, paged, e4m3", f"{batch} x {length} keys, {heads} heads",
+        {
+            "benthic": lambda: absorbed_paged_attention_fp8(query, small, *arguments),
+            "benthic on bfloat16": lambda: paged_latent_attention.absorbed_paged_attention(query, pool, *arguments),
+        },
+        lambda out: _error(out[0], expected), 0.06,
+        bytes=batch * length * small.shape[2] + 2 * batch * heads * (2 * C + R),
+        flops=2 * batch * heads * length * (2 * C + R),
     )  # fmt: skip
 
 
