@@ -17,7 +17,7 @@ from torch import Tensor
 MOST_PAIRS = 1024
 """Every program looks through all pairs."""
 
-ROWS = 32
+ROWS, STAGES = 32, 4
 """Rows of weights of a program. One token's 6 experts of 1,408 are 264 programs, two a multiprocessor; with 64 rows
 e4m3 weights would pass through registers before they reach the tensor cores, and nothing would be loaded ahead."""
 
@@ -64,7 +64,7 @@ def _run(x, experts, weights, gate_up_proj, gate_up_scales, down_proj, down_scal
     columns, warps = (16, 4) if tokens <= 16 else (32, 8)
     common = {
         "CHOSEN": chosen, "PAIRS": triton.next_power_of_2(pairs), "COLUMNS": columns, "ROWS": ROWS, "DEPTH": 128,
-        "SCALED": gate_up_scales is not None, "num_warps": warps, "num_stages": 4,
+        "SCALED": gate_up_scales is not None, "num_warps": warps, "num_stages": STAGES,
     }  # fmt: skip
     _hidden[(triton.cdiv(inner, ROWS), pairs)](
         x, experts, weights, gate_up_proj, gate_up_scales, hidden, pairs, D=width, F=inner, **common

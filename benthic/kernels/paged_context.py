@@ -6,7 +6,7 @@ of its softmax's denominator, and `combine` weighs them in a fixed order. Grids 
 that finds nothing to do ends, so that a captured graph serves any lengths.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -27,6 +27,7 @@ def tile_count(tokens: int, batch: int, heads: int, rows: int) -> int:
     return min(tokens * triton.cdiv(heads, rows), (tokens * heads + (rows - 1) * (batch + 1)) // rows)
 
 
+@lru_cache(4096)
 def shares_of_context(programs: int, longest: int, keys: int, device: torch.device, resident: int = 1) -> int:
     """Into how many shares to cut contexts of up to `longest` keys, read `keys` at a time by `programs` tiles.
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from benthic.kernels.hopper import descriptor, multiprocessors, next_stage
+from benthic.kernels.hopper import descriptor, next_stage
 from benthic.kernels.paged_context import LOG2_E, combine, require_paged, shares_of_context, tile_count
 
 RANK, TURNING = 512, 64
@@ -64,7 +64,6 @@ def absorbed_paged_attention(
     out = query.new_empty((tokens, heads, rank))
     if not tokens:
         return out
-    multiprocessors(query.device)
     tiles = tile_count(tokens, batch, heads, ROWS)
     shares = shares_of_context(tiles, tables.shape[1] * block, KEYS, query.device)
     partial = out.new_empty((shares, tokens * heads, rank), dtype=torch.float32) if shares > 1 else out
