@@ -15,26 +15,38 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- results -->", "<!-- /results -->"
-HEADLINES = (
-    "training step, tiny",
-    "greedy decoding with a cache, tiny",
-    "planned memory of a training step: v2-lite, 8 layers, 4 x 4096",
-    "planned time of a training step: v2-lite, 8 layers, 4 x 4096",
-    "planned time of a training step: v3 widths, 2 layers + MTP, 2 x 4096",
-    "forward 8x4096 4096x7168",
-    "weight gradient 16x2048 4096x7168",
-    "weight gradient 32x1024 4096x7168",
-    "quantise rows 32768x7168",
-)
-"""Rows that the README shows: how they begin."""
+HEADLINES: dict[str, tuple[str, ...]] = {
+    "train_gpu": (
+        "training, lite, bf16, float32 moments, beside torchtitan 0.2.2 mixed precision",
+        "training, lite, bf16, bfloat16 moments, beside torchtitan 0.2.2 all bf16",
+        "training, lite, float8",
+        "training, v3, float8",
+    ),
+    "train_cpu_tiny": ("training step, tiny", "greedy decoding with a cache, tiny"),
+    "plan_vs_measured": (
+        "planned memory of a training step: v2-lite, 8 layers, 4 x 4096",
+        "planned time of a training step: v2-lite, 8 layers, 4 x 4096",
+    ),
+    "kernels_fp8": (
+        "forward 8x4096 4096x7168",
+        "weight gradient 16x2048 4096x7168",
+        "weight gradient 32x1024 4096x7168",
+        "quantise rows 32768x7168",
+    ),
+}
+"""Rows that the README shows: of which result, and how they begin. A result that is not there yet shows none."""
 HEADER = ["| what | benthic | beside it | ratio | measured on | commit |", "|---|---|---|---|---|---|"]
 
 
-def rows() -> Iterator[str]:
-    """Markdown rows of every result, by file name."""
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        yield from ROWS[result["name"]](result)
+def rows(path: Path) -> Iterator[str]:
+    """Markdown rows of one result."""
+    result = json.loads(path.read_text())
+    yield from ROWS[result["name"]](result)
+
+
+def results() -> list[Path]:
+    """Every result's file."""
+    return sorted(RESULTS.glob("*.json"))
 
 
 def _train(result: dict[str, Any]) -> Iterator[str]:
@@ -106,7 +118,86 @@ def _seconds(row: dict[str, Any]) -> float:
     return row["seconds"]
 
 
-ROWS = {"train": _train, "plan_vs_measured": _plan_vs_measured, "kernels_fp8": _kernels_fp8}
+def _kernels(result: dict[str, Any]) -> Iterator[str]:
+    """Each case beside its fastest peer, or beside the chip's limit where it has none."""
+    machine = result["machine"]
+    where = f"{machine['gpu']}, torch {machine['versions']['torch']}, Triton {machine['versions']['triton']}"
+    for case in result["cases"]:
+        ours = case.get("subjects", {}).get("benthic", {})
+        if "seconds" not in ours:
+            continue
+        shown = f"{_rate(case, ours['seconds'])} ({ours['share_of_limit']:.0%} of the limit)"
+        if "best_peer" in case:
+            peer = case["best_peer"]
+            beside = f"{peer}: {_rate(case, case['subjects'][peer]['seconds'])}"
+            ratio = f"{case['times_best_peer']:.2f}"
+        else:
+            beside, ratio = f"limit: {_rate(case, case['floor_seconds'])}", f"{ours['share_of_limit']:.2f}"
+        yield _row(f"{case['operation']} {case['shape']}", shown, beside, ratio, where, machine["commit"])
+
+
+def _rate(case: dict[str, Any], seconds: float) -> str:
+    if case["flops"]:
+        return f"{case['flops'] / seconds / 1e12:,.0f} TFLOP/s"
+    return f"{case['bytes'] / seconds / 1e12:.2f} TB/s"
+
+
+def _train_gpu(result: dict[str, Any]) -> Iterator[str]:
+    """Arms beside peers that keep the same states, FP8 beside bf16, and memory beside torchtitan's."""
+    arms = {name: arm for name, arm in result["arms"].items() if "error" not in arm}
+    for ours, peer in TRAINING_PAIRS:
+        if ours not in arms or peer not in arms:
+            continue
+        arm, other = arms[ours], arms[peer]
+        what = f"training, {_arm(arm)}, beside {_arm_beside(other)}"
+        speed = f"{arm['tokens_per_second']:,.0f} tokens/s, {arm['tflops']:.0f} TFLOP/s"
+        ratio = f"{arm['tokens_per_second'] / other['tokens_per_second']:.2f}"
+        where = f"{arm['machine']['gpu']}, torch {arm['machine']['versions']['torch']}"
+        yield _row(what, speed, f"{other['tokens_per_second']:,.0f}", ratio, where, arm["machine"]["commit"])
+        if other["arm"]["trainer"] == "torchtitan":
+            memory, theirs = (one["memory"]["reserved_gib"] for one in (arm, other))
+            what = f"memory reserved while training, {_arm(arm)}, beside {_arm_beside(other)}"
+            cells = f"{memory:.1f} GiB", f"{theirs:.1f} GiB", f"{memory / theirs:.2f}"
+            yield _row(what, *cells, where, arm["machine"]["commit"])
+
+
+TRAINING_PAIRS = (
+    ("bf16", "torchtitan"),
+    ("bf16", "torchtitan-bf16"),
+    ("bf16-moments", "torchtitan-bf16"),
+    ("bf16-moments", "torchtitan-sdpa-bf16"),
+    ("bf16", "torchtitan-sdpa"),
+    ("bf16-moments", "transformers"),
+    ("bf16", "bf16-compiled"),
+    ("float8", "bf16-moments"),
+    ("v3-float8", "v3-bf16"),
+    ("v3-bf16", "v3-torchtitan-bf16"),
+)
+"""Arms of the training benchmark, and those that stand beside them."""
+
+
+def _arm(row: dict[str, Any]) -> str:
+    arm = row["arm"]
+    compute = {"bfloat16": "bf16"}.get(arm["compute"], arm["compute"])
+    return f"{arm['model']}, {compute}, {arm['states']} moments"
+
+
+def _arm_beside(row: dict[str, Any]) -> str:
+    arm = row["arm"]
+    if arm["trainer"] == "benthic":
+        return f"its own bf16{', layers compiled' if arm['compiled'] else ''}"
+    states = "all bf16" if arm["states"] == "bfloat16" else "mixed precision"
+    attention = ", SDPA" if arm["trainer"] == "torchtitan" and arm["attention"] == "sdpa" else ""
+    return f"{arm['trainer']} {row['version']} {states}{attention}"
+
+
+ROWS = {
+    "kernels": _kernels,
+    "train_gpu": _train_gpu,
+    "train": _train,
+    "plan_vs_measured": _plan_vs_measured,
+    "kernels_fp8": _kernels_fp8,
+}
 
 
 def _row(*cells: str) -> str:
@@ -115,17 +206,18 @@ def _row(*cells: str) -> str:
 
 def table() -> str:
     """Every row."""
-    return "\n".join([*HEADER, *rows()])
+    return "\n".join([*HEADER, *(row for path in results() for row in rows(path))])
 
 
 def headlines() -> str:
-    """The README's rows. Each headline must name one result that exists."""
-    every = list(rows())
-    found = [[row for row in every if row.startswith(f"| {start}")] for start in HEADLINES]
-    for start, matching in zip(HEADLINES, found, strict=True):
-        if not matching:
-            raise LookupError(f"no result begins with {start!r}")
-    return "\n".join([*HEADER, *(matching[0] for matching in found)])
+    """The README's rows. What a result does not hold yet is left out."""
+    shown = []
+    for name, starts in HEADLINES.items():
+        path = RESULTS / f"{name}.json"
+        every = list(rows(path)) if path.exists() else []
+        found = [[row for row in every if row.startswith(f"| {start}")] for start in starts]
+        shown += [matching[0] for matching in found if matching]
+    return "\n".join([*HEADER, *shown])
 
 
 def page_with(text: str, content: str) -> str:

@@ -190,3 +190,36 @@ def _compared(times: dict[str, list[float]], tokens: int) -> dict[str, Any]:
         "speed": summary(times, tokens),
         "times_transformers": ratio(times, "benthic", "transformers"),
     }
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """None: what disagrees was never timed."""
+    return []
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a reader."""
+    workload, machine = result["workload"], result["machine"]
+    lines = [
+        f"{workload['preset']}: {result['model']['parameters'] / 1e6:.1f}M parameters, {workload['dtype']}, "
+        f"{workload['device']}, {workload['threads']} threads; {machine['processor']}, {machine['cores']} cores",
+        "logits, loss and greedy tokens agree with transformers",
+    ]
+    for part, title in (
+        ("training", f"training step, {workload['batch']} x {workload['sequence_length']} tokens"),
+        ("decoding", f"greedy decoding, {workload['new_tokens']} tokens, batch 1"),
+    ):
+        lines += ["", f"{title:<44}{'tokens/s':>10}   quartiles"]
+        for name, speed in result[part]["speed"].items():
+            spread = f"{speed['first_quartile']:.0f} to {speed['third_quartile']:.0f}"
+            lines.append(f"  {name:<42}{speed['median']:>10.0f}   {spread}")
+        found = result[part]["times_transformers"]
+        spread = f"{found['first_quartile']:.2f} to {found['third_quartile']:.2f}"
+        lines.append(f"  {'times transformers':<42}{found['median']:>10.2f}   {spread}")
+    if machine["load_average_before"] and machine["load_average_before"] > 0.5:
+        lines += [
+            "",
+            f"The machine was busy: {machine['load_average_before']:.1f} other processes ran when this began. "
+            "Do not keep these figures.",
+        ]
+    return "\n".join(lines) + "\n"

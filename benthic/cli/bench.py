@@ -17,14 +17,26 @@ CHECKOUT = Path(__file__).parents[2]
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, hint="benthic bench train --help lists what is allowed")
+        raise ConfigError(message, hint=f"{self.prog} --help lists what is allowed")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's arguments; those of a workload are named as in benchmarks.train.Workload."""
     parser = _Parser(prog="benthic bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("name", choices=["train"], help="train: a training step and cached greedy decoding")
-    parser.add_argument("--preset", help="preset name, folder with config.json, or such a file (default tiny)")
+    benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    kernels = benchmarks.add_parser("kernels", allow_abbrev=False, help="every kernel beside its peers; needs a GPU")
+    kernels.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="cases or topics named so in part")
+    kernels.add_argument("--without", nargs="+", default=(), metavar="TEXT", help="peers named so in part are left out")
+    kernels.add_argument("--rounds", type=int, help="of five samples each (default 3)")
+    train = benchmarks.add_parser(
+        "train",
+        allow_abbrev=False,
+        help="training; on a GPU full updates of the benchmark's models, on a CPU a small one beside transformers",
+        description="With --preset or --device: a training step and cached greedy decoding beside transformers on the "
+        "same weights (tiny on the CPU by default). Otherwise, where torch finds a GPU: full updates of the "
+        "benchmark's models, arm by arm.",
+    )
+    train.add_argument("--preset", help="preset name, folder with config.json, or such a file (default tiny)")
     for name, what in (
         ("batch", "sequences of a training step"),
         ("sequence-length", "tokens of one"),
@@ -34,26 +46,81 @@ def make_parser() -> argparse.ArgumentParser:
         ("threads", "of the processor"),
         ("seed", "of weights and tokens"),
     ):
-        parser.add_argument(f"--{name}", type=int, help=what)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights (default float32)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default cpu)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="keep the result as JSON")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+        train.add_argument(f"--{name}", type=int, help=what)
+    train.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights (default float32)")
+    train.add_argument("--device", help="cpu, cuda, cuda:1 ... (default cpu)")
+    gpu = train.add_argument_group("on a GPU")
+    gpu.add_argument("--arms", nargs="+", metavar="ARM", help="ways to train, from benchmarks/train_arms.py")
+    gpu.add_argument("--steps", type=int, help="timed updates an arm, at least 15 (default 20)")
+    gpu.add_argument("--arm-seconds", type=float, help="an arm that takes longer is stopped (default 280)")
+    gpu.add_argument("--profile", action="store_true", help="time by operation of one more step, beside the result")
+    gpu.add_argument("--add", action="store_true", help="keep what --output holds of arms not measured now")
+    for one in (kernels, train):
+        one.add_argument("--output", type=Path, metavar="FILE", help="keep the result as JSON")
+        one.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
 def main(arguments: list[str]) -> int:
-    """Check, measure, print; keep the result where asked."""
+    """Check, measure, print; keep the result where asked. 1 where a part of the benchmark failed."""
     options = make_parser().parse_args(arguments)
-    train = _benchmark(options.name)
-    fields = train.Workload.model_fields
-    given = {name: value for name, value in vars(options).items() if name in fields and value is not None}
-    result = train.measure(train.Workload(**given))
-    text = json.dumps(result, indent=2) + "\n"
-    if options.output is not None:
-        write_atomic(options.output, text)
-    print(text if options.json else table(result), end="")
-    return 0
+    benchmark = _benchmark(_module(options))
+    result = RUNS[benchmark.__name__.split(".")[-1]](benchmark, options)
+    print(json.dumps(result, indent=2) if options.json else benchmark.table(result), end="\n" if options.json else "")
+    broken = benchmark.failures(result)
+    for one in broken:
+        print(f"failed: {one}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _module(options: argparse.Namespace) -> str:
+    if options.name == "kernels":
+        return "kernels"
+    compared = [name for name in ("preset", "device") if getattr(options, name) is not None]
+    on_gpu = [name for name in ("arms", "steps", "arm_seconds") if getattr(options, name) is not None]
+    on_gpu += [name for name in ("profile", "add") if getattr(options, name)]
+    if compared and on_gpu:
+        raise ConfigError(f"--{on_gpu[0].replace('_', '-')} and --{compared[0]} belong to different measurements")
+    if compared or not (on_gpu or _finds_gpu()):
+        return "train"
+    return "train_gpu"
+
+
+def _finds_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _kernels(benchmark: Any, options: argparse.Namespace) -> dict[str, Any]:
+    result = benchmark.measure(benchmark.Options(**_given(benchmark.Options, options)))
+    _keep(result, options.output)
+    return result
+
+
+def _train(benchmark: Any, options: argparse.Namespace) -> dict[str, Any]:
+    result = benchmark.measure(benchmark.Workload(**_given(benchmark.Workload, options)))
+    _keep(result, options.output)
+    return result
+
+
+def _train_gpu(benchmark: Any, options: argparse.Namespace) -> dict[str, Any]:
+    if options.add and options.output is None:
+        raise ConfigError("--add keeps what --output holds, and there is no --output")
+    return benchmark.measure(benchmark.Options(**_given(benchmark.Options, options)), options.output, options.add)
+
+
+RUNS = {"kernels": _kernels, "train": _train, "train_gpu": _train_gpu}
+
+
+def _given(settings: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """What the user gave of the fields of `settings`."""
+    return {name: value for name, value in vars(options).items() if name in settings.model_fields and value is not None}
+
+
+def _keep(result: dict[str, Any], output: Path | None) -> None:
+    if output is not None:
+        write_atomic(output, json.dumps(result, indent=2) + "\n")
 
 
 def _benchmark(name: str) -> Any:
@@ -66,31 +133,3 @@ def _benchmark(name: str) -> Any:
     if str(CHECKOUT) not in sys.path:
         sys.path.insert(0, str(CHECKOUT))
     return import_module(f"benchmarks.{name}")
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for a reader."""
-    workload, machine = result["workload"], result["machine"]
-    lines = [
-        f"{workload['preset']}: {result['model']['parameters'] / 1e6:.1f}M parameters, {workload['dtype']}, "
-        f"{workload['device']}, {workload['threads']} threads; {machine['processor']}, {machine['cores']} cores",
-        "logits, loss and greedy tokens agree with transformers",
-    ]
-    for part, title in (
-        ("training", f"training step, {workload['batch']} x {workload['sequence_length']} tokens"),
-        ("decoding", f"greedy decoding, {workload['new_tokens']} tokens, batch 1"),
-    ):
-        lines += ["", f"{title:<44}{'tokens/s':>10}   quartiles"]
-        for name, speed in result[part]["speed"].items():
-            spread = f"{speed['first_quartile']:.0f} to {speed['third_quartile']:.0f}"
-            lines.append(f"  {name:<42}{speed['median']:>10.0f}   {spread}")
-        found = result[part]["times_transformers"]
-        spread = f"{found['first_quartile']:.2f} to {found['third_quartile']:.2f}"
-        lines.append(f"  {'times transformers':<42}{found['median']:>10.2f}   {spread}")
-    if machine["load_average_before"] and machine["load_average_before"] > 0.5:
-        lines += [
-            "",
-            f"The machine was busy: {machine['load_average_before']:.1f} other processes ran when this began. "
-            "Do not keep these figures.",
-        ]
-    return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ COMMANDS = {
     "chat": "a conversation with a model folder, on the terminal",
     "convert": "checkpoints: fp8 <-> bf16, sharded <-> one file",
     "inspect": "a checkpoint's names, shapes, sizes, hashes and faults",
-    "bench": "measure training beside transformers, in the same run",
+    "bench": "training and kernels beside their peers, in the same run",
     "doctor": "versions, device, what is missing and the command that mends it",
 }
 

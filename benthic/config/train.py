@@ -22,6 +22,9 @@ from benthic.errors import ConfigError
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
+BFLOAT16_STEP = 2**-8
+"""Least share by which a bfloat16 number moves whatever its mantissa: half the widest spacing."""
+
 
 class Phase(Settings):
     """One stretch of a schedule: how the factor on the peak moves, and where the stretch ends.
@@ -175,12 +178,30 @@ class CheckpointConfig(Settings):
 
 
 class PrecisionConfig(Settings):
-    """`compute`: what matrices are multiplied in. Master weights, gradients and moments are float32 always.
+    """`compute`: what matrices are multiplied in; master weights are float32 always.
 
-    "auto" is bfloat16 on a GPU and float32 on a CPU; `config.yaml` holds what it came to.
+    "auto" is bfloat16 on a GPU and float32 on a CPU; `config.yaml` holds what it came to. "float8" is a bfloat16 model
+    whose matrices are multiplied in FP8 as DeepSeek-V3's are (arXiv:2412.19437, section 3.3), on a GPU. `moments`: what
+    AdamW keeps its averages in; it computes with them in float32 (DeepSeek-V3 keeps bfloat16).
     """
 
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
+    moments: Literal["float32", "bfloat16"] = "float32"
+
+
+class MemoryConfig(Settings):
+    """What a run gives for memory: work done twice, or transfers.
+
+    `recomputation`: what backward makes again instead of keeping it. "up_projections" are norm outputs, what is
+    expanded from latents and SwiGLU products (DeepSeek-V3, section 3.2.3), cheap all of them; "layer" is everything
+    but each layer's input, a third more work. Neither changes a bit of the result.
+    `offload_average` keeps the averaged weights in the processor's memory, `offload_optimizer` moments and master
+    weights; both are for GPUs.
+    """
+
+    recomputation: Literal["none", "up_projections", "layer"] = "none"
+    offload_average: bool = False
+    offload_optimizer: bool = False
 
 
 class LoggingConfig(Settings):
@@ -212,6 +233,7 @@ class TrainConfig(Settings):
     sampling: SamplingConfig = SamplingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    memory: MemoryConfig = MemoryConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @field_validator("model", mode="before")
@@ -247,6 +269,30 @@ class TrainConfig(Settings):
             )
         if self.checkpoint.export_average and self.optimizer.ema_decay is None:
             raise ValueError("checkpoint.export_average needs optimizer.ema_decay")
+        if self.memory.offload_average and self.optimizer.ema_decay is None:
+            raise ValueError("memory.offload_average needs optimizer.ema_decay: no average is kept without it")
+        return self
+
+    @model_validator(mode="after")
+    def _narrow_moments_move(self) -> Self:
+        for name in ("beta1", "beta2") if self.precision.moments == "bfloat16" else ():
+            beta = getattr(self.optimizer, name)
+            if 1 - beta < BFLOAT16_STEP:
+                raise ValueError(
+                    f"optimizer.{name} is {beta:g}; moments in bfloat16 need at most {1 - BFLOAT16_STEP:g}, since a "
+                    "smaller move than half their spacing is rounded away; or set precision.moments to float32"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _a_processor_has_nowhere_to_move_to(self) -> Self:
+        if self.device != "cpu":
+            return self
+        for name in ("offload_average", "offload_optimizer"):
+            if getattr(self.memory, name):
+                raise ValueError(f"memory.{name} moves things from a GPU to the processor, and device is cpu")
+        if self.precision.compute == "float8":
+            raise ValueError("precision.compute is float8, which needs a GPU, and device is cpu")
         return self
 
     def to_yaml(self) -> str:

@@ -32,13 +32,16 @@ def quantise_rows(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
     return values, scales
 
 
-def quantise_columns(x: Tensor, ends: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+def quantise_columns(
+    x: Tensor, ends: Tensor, power_of_two: bool = False, registers: int | None = None
+) -> tuple[Tensor, Tensor]:
     """x [T, C] in groups of rows -> (values float8_e4m3fn [C, P], scales float32 [P / 128, C]), transposed by group.
 
     `ends` int32 [E] on the device: group e is the rows from ends[e - 1] (0 for the first) to ends[e]; empty groups are
     allowed. Every group starts a fresh block of 128 tokens, at block `start // 128 + e`, so that the host needs no look
     at `ends` to know P = (T // 128 + E) * 128; the last block of a group is filled up with zeros. Blocks between groups
-    hold nothing and are never read. C must be a multiple of 16.
+    hold nothing and are never read. C must be a multiple of 16. `registers` bounds those of a thread (as many as the
+    compiler likes by default): fewer let more programs share a multiprocessor.
     """
     rows, columns = _matrix(x)
     if columns % 16:
@@ -50,7 +53,7 @@ def quantise_columns(x: Tensor, ends: Tensor, power_of_two: bool = False) -> tup
         grid = (triton.cdiv(columns, 64), blocks)
         _columns[grid](
             x, ends, values, scales, columns, blocks * BLOCK, len(ends), power_of_two,
-            GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64, num_warps=4,
+            GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64, num_warps=4, maxnreg=registers,
         )  # fmt: skip
     return values, scales
 

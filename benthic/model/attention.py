@@ -54,58 +54,67 @@ class LatentAttention(nn.Module):
         self, hidden: Float[Tensor, "batch positions width"], span: Span
     ) -> Float[Tensor, "batch positions width"]:
         """Expands keys and values when no token came before, else works on the latents."""
+        first, latent_and_key = self._first_projections(hidden)
+        query = self.q_b_proj(self.q_a_layernorm(first)) if self.compresses_queries else first
+        query = query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
         if span.pages is not None:
-            return self._paged(hidden, span.pages, span.rotations)
-        query, turning = self._queries(hidden).split_with_sizes((self.key_width, self.rotary_width), -1)
-        latent, key = self.kv_a_proj_with_mqa(hidden).split_with_sizes((self.rank, self.rotary_width), -1)
+            return self._paged(query[0], latent_and_key[0], span.pages, span.rotations)
+        latent, key = latent_and_key.split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
-        # Queries' and keys' rotary channels turn together: half as many small operations.
-        turned = ops.rotary(torch.cat((turning, key[:, :, None]), 2), span.rotations, self.interleaved)
-        rotary_query, rotary_key = turned.split_with_sizes((self.heads, 1), 2)  # [B, S, H, R], [B, S, 1, R]
         if span.cache is not None:
-            latents = span.cache.write(self.layer, torch.cat((latent, rotary_key[:, :, 0]), -1))
             if span.cache.length:
-                expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
-                out = ops.absorbed_attention(query, rotary_query, latents, expansion, self.scale, span.mask)
-                return self.o_proj(out.flatten(2))
+                return self._continue(query, latent, key, span, span.cache)
+            turned = ops.rotary(key[:, :, None], span.rotations, self.interleaved)
+            span.cache.write(self.layer, torch.cat((latent, turned[:, :, 0]), -1))
         expanded = self.kv_b_proj(latent).view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + V]
-        key, value = expanded.split_with_sizes((self.key_width, self.value_width), -1)
-        query = torch.cat((query, rotary_query), -1)
-        key = torch.cat((key, rotary_key.expand(-1, -1, self.heads, -1)), -1)  # [B, S, H, N + R]
+        query, key, value = ops.latent_heads(query, expanded, key, span.rotations, self.interleaved)
         out = ops.attention(query, key, value, self.scale, span.mask)
         return self.o_proj(out.flatten(2))
 
-    def _paged(self, hidden: Tensor, pages: Pages, rotations: Tensor) -> Tensor:
-        """Sequences of few new tokens work on the latents, all in one call; expanding pays for the others."""
-        query, turning = self._queries(hidden)[0].split_with_sizes((self.key_width, self.rotary_width), -1)
-        latent, key = self.kv_a_proj_with_mqa(hidden)[0].split_with_sizes((self.rank, self.rotary_width), -1)
-        turned = ops.rotary(torch.cat((turning, key[:, None]), 1)[None], rotations, self.interleaved)[0]
-        rotary_query, rotary_key = turned.split_with_sizes((self.heads, 1), 1)  # [T, H, R], [T, 1, R]
-        pages.write(self.layer, torch.cat((self.kv_a_layernorm(latent), rotary_key[:, 0]), -1))
+    def _continue(self, query: Tensor, latent: Tensor, key: Tensor, span: Span, cache: Cache) -> Tensor:
+        """Attention of tokens that follow cached ones."""
+        query, turning = query.split_with_sizes((self.key_width, self.rotary_width), -1)
+        # Queries' and keys' rotary channels turn together: half as many small operations.
+        turned = ops.rotary(torch.cat((turning, key[:, :, None]), 2), span.rotations, self.interleaved)
+        rotary_query, rotary_key = turned.split_with_sizes((self.heads, 1), 2)  # [B, S, H, R], [B, S, 1, R]
+        latents = cache.write(self.layer, torch.cat((latent, rotary_key[:, :, 0]), -1))
+        expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
+        out = ops.absorbed_attention(query, rotary_query, latents, expansion, self.scale, span.mask)
+        return self.o_proj(out.flatten(2))
+
+    def _first_projections(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of queries, or of what they are compressed to; and of the latent with the rotary key."""
+        first = self.q_a_proj if self.compresses_queries else self.q_proj
+        return first(hidden), self.kv_a_proj_with_mqa(hidden)
+
+    def _paged(self, query: Tensor, projected: Tensor, pages: Pages, rotations: Tensor) -> Tensor:
+        """Sequences of few new tokens work on the latents, all in one call; expanding pays for the others.
+
+        `query` [T, H, N + R] and `projected` [T, C + R] are not turned yet; `rotations` are those of all positions.
+        """
+        pool = pages.pools[self.layer]
+        absorbed = query.new_empty((len(query), self.heads, self.rank + self.rotary_width))  # [T, H, C + R]
+        norm = self.kv_a_layernorm
+        where = (rotations, pages.positions, pages.slots, pool)
+        ops.turn_and_write_latents(query, projected, norm.weight, norm.eps, *where, absorbed, self.interleaved)
         narrow = pages.narrower_than(self._rows_worth_expanding)
         rows, parts = pages.bounds[narrow], []
         if narrow:
-            parts.append(self._absorbed(query[:rows], rotary_query[:rows], pages.front(narrow)))
+            parts.append(self._absorbed(query[:rows, :, : self.key_width], absorbed[:rows], pages.front(narrow)))
         for index in range(narrow, len(pages.counts)):
             mine = slice(pages.bounds[index], pages.bounds[index + 1])
-            parts.append(self._expanded(torch.cat((query[mine], rotary_query[mine]), -1), pages, index))
+            whole = torch.cat((query[mine, :, : self.key_width], absorbed[mine, :, self.rank :]), -1)
+            parts.append(self._expanded(whole, pages, index))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [T, H, V]
         return self.o_proj(out.flatten(1))[None]
 
-    def _absorbed(self, query: Tensor, rotary_query: Tensor, pages: Pages) -> Tensor:
-        """Values [T, H, V] of queries [T, H, N] and [T, H, R]."""
+    def _absorbed(self, query: Tensor, absorbed: Tensor, pages: Pages) -> Tensor:
+        """Values [T, H, V] of queries [T, H, N], which move into the latent space, the first channels of `absorbed`."""
         expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
-        moved = torch.bmm(query.transpose(0, 1), expansion[:, : self.key_width]).transpose(0, 1)  # [T, H, C]
-        context = ops.absorbed_paged_attention(
-            torch.cat((moved, rotary_query), -1),
-            pages.pools[self.layer],
-            pages.tables,
-            pages.starts,
-            pages.lengths,
-            self.scale,
-            self.rank,
-            pages.first,
-        )  # [T, H, C]
+        latent_query = absorbed[..., : self.rank].transpose(0, 1)  # [H, T, C]
+        torch.bmm(query.transpose(0, 1), expansion[:, : self.key_width], out=latent_query)
+        where = (pages.pools[self.layer], pages.tables, pages.starts, pages.lengths)
+        context = ops.absorbed_paged_attention(absorbed, *where, self.scale, self.rank, pages.first)  # [T, H, C]
         return torch.bmm(context.transpose(0, 1), expansion[:, self.key_width :].transpose(1, 2)).transpose(0, 1)
 
     def _expanded(self, query: Tensor, pages: Pages, index: int) -> Tensor:
@@ -126,13 +135,6 @@ class LatentAttention(nn.Module):
         expanded = self.key_width + self.value_width
         saved = 2 * self.rank - expanded
         return self.rank * expanded // saved + 1 if saved > 0 else 2**62
-
-    def _queries(self, hidden: Tensor) -> Tensor:
-        if self.compresses_queries:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
-        else:
-            query = self.q_proj(hidden)
-        return query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
 
 
 class PlainAttention(nn.Module):
@@ -160,9 +162,9 @@ class PlainAttention(nn.Module):
         query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
         if self.normalises:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = self._turned(query, span.rotations), self._turned(key, span.rotations)
         if span.pages is not None:
-            return self._paged(query[0], torch.cat((key.flatten(2), value), -1)[0], span.pages)
+            return self._paged(query[0], key[0], value[0], span.pages, span.rotations)
+        query, key = self._turned(query, span.rotations), self._turned(key, span.rotations)
         if span.cache is not None:
             rows = span.cache.write(self.layer, torch.cat((key.flatten(2), value), -1))
             key, value = rows.chunk(2, -1)
@@ -170,11 +172,14 @@ class PlainAttention(nn.Module):
         out = ops.attention(query, key, value.unflatten(-1, (self.key_heads, -1)), self.scale, span.mask)
         return self.o_proj(out.flatten(2))
 
-    def _paged(self, query: Tensor, rows: Tensor, pages: Pages) -> Tensor:
-        pages.write(self.layer, rows)
+    def _paged(self, query: Tensor, key: Tensor, value: Tensor, pages: Pages, rotations: Tensor) -> Tensor:
+        """Queries [T, H Dq], keys and values [T, Hk Dq] of all sequences' new tokens, in one call."""
+        query, key, value = (rows.view(len(rows), -1, self.head_width) for rows in (query, key, value))
         pool = pages.pools[self.layer]
-        where = (pages.tables, pages.starts, pages.lengths)
-        out = ops.paged_attention(query, pool, *where, self.scale, self.key_heads, pages.first)
+        where = (rotations, pages.positions, pages.slots, pool)
+        turned = ops.turn_and_write_keys(query, key, value, *where, self.interleaved)  # [T, H, Dq]
+        where = (pool, pages.tables, pages.starts, pages.lengths)
+        out = ops.paged_attention(turned, *where, self.scale, self.key_heads, pages.first)
         return self.o_proj(out.flatten(1))[None]
 
     def _turned(self, projected: Tensor, rotations: Tensor) -> Tensor:

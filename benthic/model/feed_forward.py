@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from benthic import ops
 from benthic.config.model import ModelConfig
 from benthic.model.primitive import Linear
+from benthic.ops.expert_decode import MOST_PAIRS
 from benthic.ops.route import Routing
 
 
@@ -42,7 +42,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Float[Tensor, "tokens width"]) -> Routing:
-        logits = F.linear(x.float(), self.weight.float())  # [T, E]
+        logits = ops.router_logits(x, self.weight)  # [T, E]
         return ops.route(logits, self.e_score_correction_bias, self.config)
 
     def _apply(self, fn, recurse: bool = True) -> Router:
@@ -64,7 +64,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner, device=device, dtype=dtype))
 
     def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Float[Tensor, "tokens width"]:
-        return ops.routed_experts(x, routing.experts, routing.weights, self.gate_up_proj, self.down_proj)
+        few = x.is_cuda and not torch.is_grad_enabled() and routing.experts.numel() <= MOST_PAIRS
+        experts = ops.few_token_experts if few else ops.routed_experts
+        return experts(x, routing.experts, routing.weights, self.gate_up_proj, self.down_proj)
 
 
 class ExpertLayer(nn.Module):

@@ -143,8 +143,9 @@ class LanguageModel(nn.Module):
         return state[0]
 
     def _paged_span(self, pages: Pages) -> Span:
-        table = self._rotations.rows(0, self.config.max_position_embeddings, pages.positions.device)
-        return Span(table.index_select(0, pages.positions), pages=pages)
+        """Rotations of all positions: each token's own is found on the device."""
+        rotations = self._rotations.rows(0, self.config.max_position_embeddings, pages.positions.device)
+        return Span(rotations, pages=pages)
 
     def _span(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> Span:
         start, length = cache.length if cache is not None else 0, input_ids.shape[1]

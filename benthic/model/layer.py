@@ -37,8 +37,10 @@ class Layer(nn.Module):
     ) -> tuple[Float[Tensor, "batch positions width"], Routing | None]:
         """The residual stream after the layer, and the routing of a layer with experts."""
         if self.norm_first:
-            hidden = hidden + self.self_attn(self.input_layernorm(hidden), span)
-            out, routing = self._feed_forward(self.post_attention_layernorm(hidden))
+            hidden, normed = self.post_attention_layernorm.of_sum(
+                hidden, self.self_attn(self.input_layernorm(hidden), span)
+            )
+            out, routing = self._feed_forward(normed)
             return hidden + out, routing
         hidden = hidden + self.post_attention_layernorm(self.self_attn(hidden, span))
         out, routing = self._feed_forward(hidden)

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from benthic import ops
 from benthic.config.model import ModelConfig
 
 
@@ -42,10 +41,6 @@ class Pages:
     starts: Int32[Tensor, " sequences+1"]
     lengths: Int32[Tensor, " sequences"]
     first: int = 0
-
-    def write(self, layer: int, rows: Float[Tensor, "tokens width"]) -> None:
-        """Keep one layer's `rows` of the new tokens."""
-        ops.write_rows(self.pools[layer], rows, self.slots)
 
     def narrower_than(self, rows: int) -> int:
         """How many sequences, all in front, have fewer new tokens than `rows`."""

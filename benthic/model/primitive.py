@@ -39,3 +39,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def of_sum(
+        self, residual: Float[Tensor, "*tokens width"], x: Float[Tensor, "*tokens width"]
+    ) -> tuple[Float[Tensor, "*tokens width"], Float[Tensor, "*tokens width"]]:
+        """residual + x, and the same normalised."""
+        return ops.add_rms_norm(residual, x, self.weight, self.eps)

@@ -3,6 +3,9 @@
 The logits of a batch are the largest array of training by far ([T, V] against [T, D]). They are computed for a few
 rows at a time, and since softmax minus one-hot is already the gradient, each block also yields its share of the
 gradients before it is dropped: three products in all, as without chunks, and none repeated in backward.
+
+On a GPU a block is as large as a GPU can bear: small ones read and write the weight's gradient, as large as the weight,
+again and again. One kernel turns its logits into their gradient where they are.
 """
 
 from __future__ import annotations
@@ -18,18 +21,76 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 """A target that counts for nothing (torch's default)."""
 
-_BLOCK_ELEMENTS = {"cpu": 1 << 20}
-"""Logits in a block: what a processor's cache holds; elsewhere 2^27, half a GiB of float32, keeps products large."""
+_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 31}
+"""Logits in a block: what a processor's cache holds; 4 GiB of bfloat16 on a GPU."""
 
 
 def linear_cross_entropy(
-    hidden: Float[Tensor, "tokens width"], weight: Float[Tensor, "vocabulary width"], targets: Int64[Tensor, " tokens"]
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocabulary width"],
+    targets: Int64[Tensor, " tokens"],
+    divisor: float | int = 1,
 ) -> tuple[Float32[Tensor, ""], Int64[Tensor, ""]]:
-    """Summed -log softmax(hidden @ weight.T)[target], and how many targets counted; one of -100 is left out.
+    """Summed -log softmax(hidden @ weight.T)[target] / divisor, and how many targets counted; one of -100 is left out.
 
-    Both stay on the device: nothing here waits for a GPU.
+    Both stay on the device: nothing here waits for a GPU. There the gradients exist once the loss does, divided
+    already, so that backward passes them on and makes no pass over them unless the loss is multiplied again.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets), (targets != IGNORED).sum()
+    if hidden.device.type == "cuda":
+        loss = _InPlace.apply(hidden, weight, targets, divisor)
+    else:
+        loss = _LinearCrossEntropy.apply(hidden, weight, targets) / divisor
+    return loss, (targets != IGNORED).sum()
+
+
+class _InPlace(torch.autograd.Function):
+    """The path of a GPU. A second backward through one loss is an error: the gradients were given away."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, divisor: float | int) -> Tensor:
+        from benthic.kernels.cross_entropy import cross_entropy_
+
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        blocks = max(1, -(-len(hidden) * len(weight) // _BLOCK_ELEMENTS["cuda"]))
+        size = max(1, -(-len(hidden) // blocks))
+        for start in range(0, len(hidden), size):
+            rows = hidden[start : start + size]
+            logits = torch.mm(rows, weight.t())  # [rows, V]
+            wanted = targets[start : start + size].contiguous()
+            loss += cross_entropy_(logits, wanted, 1 / divisor, needs_hidden or needs_weight).sum()
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[start : start + size])
+            if needs_weight and size >= len(hidden):
+                grad_weight = torch.mm(logits.t(), rows)
+            elif needs_weight:
+                product = _float32_product(logits.t(), rows)
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+                del product
+            del logits  # before the next block's are allocated
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.type_as(weight)
+        return loss / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        from benthic.kernels.cross_entropy import multiply_
+
+        # Kept outside save_for_backward, which would hold them too: autograd adopts what nobody else holds, and
+        # copies the rest.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of this loss were used already; compute the loss again")
+        for gradient in gradients:
+            if gradient is not None:
+                multiply_(gradient, grad_outputs[0])
+        return *gradients, None, None
+
+
+def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right) if right.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

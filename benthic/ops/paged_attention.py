@@ -2,7 +2,8 @@
 
 The rows of sequence b fill the blocks of `tables[b]` in order. A call brings query rows `starts[b]` .. `starts[b + 1]`
 of each sequence; `lengths[b]` keys are there once the rows of these positions are written, so that with n query rows
-row i sees keys `first` .. lengths[b] - n + i. Reference of the GPU kernel, and the processor's path.
+row i sees keys `first` .. lengths[b] - n + i. References: numerics/reference/paged_latent_attention.py and
+paged_attention.py. No gradients.
 
 Pools hold finite numbers from the start, also where nothing was written: a hidden row is weighted by 0, and 0 x NaN is
 NaN. Entries of a table behind a sequence's last block are any valid block.
@@ -30,7 +31,7 @@ def gather_rows(
 ) -> Float[Tensor, "sequences {length} width"]:
     """The first `length` rows of each sequence; beyond a sequence's own length they are whatever its blocks hold."""
     blocks = -(-length // pool.shape[1])
-    if len(tables) == 1 and blocks == 1:
+    if len(tables) == 1 and blocks == 1 and not tables.is_cuda:
         return pool[int(tables[0, 0]), :length][None]
     rows = pool.index_select(0, tables[:, :blocks].flatten())
     return rows.view(len(tables), -1, pool.shape[-1])[:, :length]
@@ -50,6 +51,10 @@ def absorbed_paged_attention(
 
     A row of the pool is a latent [C], then a rotated key [R]; the result is a latent for each head.
     """
+    if query.is_cuda:
+        from benthic.kernels import paged_latent_attention as kernel
+
+        return kernel.absorbed_paged_attention(query, pool, tables, starts, lengths, scale, rank, first)
     parts = []
     for part, rows, count in _alike(starts, len(tables)):
         longest = int(lengths[part].max())
@@ -78,6 +83,10 @@ def paged_attention(
 
     Query head h reads key head h // (H / Hk).
     """
+    if query.is_cuda:
+        from benthic.kernels import paged_attention as kernel
+
+        return kernel.paged_attention(query, pool, tables, starts, lengths, scale, key_heads, first)
     heads, width = query.shape[1:]
     parts = []
     for part, rows, count in _alike(starts, len(tables)):

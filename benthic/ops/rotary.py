@@ -1,13 +1,17 @@
-"""Rotary position embedding through complex products. Reference: numerics/reference/rotary.py.
+"""Rotary position embedding. Reference: numerics/reference/rotary.py.
 
-A pair of channels is one complex number and a rotation one product, so an interleaved slice needs no copy.
+On the processor a pair of channels is one complex number and a rotation one product, so an interleaved slice needs no
+copy; on a GPU a kernel turns pairs in registers.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Complex64, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from benthic.config.model import ModelConfig
 from benthic.numerics.reference.rotary import rotation
@@ -44,6 +48,8 @@ def rotary(
     interleaved: bool,
 ) -> Float[Tensor, "batch positions heads rotary"]:
     """Rotate `x` by `table` in float32; channels keep their order and dtype."""
+    if x.is_cuda:
+        return _KernelRotary.apply(x, table, interleaved)
     table = table[:, None]
     if interleaved:
         pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
@@ -51,3 +57,29 @@ def rotary(
     first, second = x.float().chunk(2, -1)
     turned = torch.complex(first, second) * table
     return torch.cat((turned.real, turned.imag), -1).type_as(x)
+
+
+class _KernelRotary(torch.autograd.Function):
+    """The Triton kernel of benthic.kernels.rotary; a gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+        from benthic.kernels import rotary as kernels
+
+        ctx.save_for_backward(table)
+        ctx.interleaved = interleaved
+        return kernels.rotary(with_contiguous_channels(x), table, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        from benthic.kernels import rotary as kernels
+
+        (grad,) = grad_outputs
+        (table,) = ctx.saved_tensors
+        return kernels.rotary(with_contiguous_channels(grad), table, ctx.interleaved, inverse=True), None, None
+
+
+def with_contiguous_channels(x: Tensor) -> Tensor:
+    """`x`, copied only where its last dimension has a stride (a gradient that is an expanded scalar)."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -72,11 +72,11 @@ def losses(
     """The part of the update's loss that `batch` holds. `weight` is lambda, the weight of the prediction loss."""
     depths = model.config.num_nextn_predict_layers
     states = forward(model, batch, masked, depths)
-    main = _cross_entropy(model, states.hidden, labels(batch, 0, masked)) / scale.valid_tokens
+    main = _cross_entropy(model, states.hidden, labels(batch, 0, masked), scale.valid_tokens)
     zero = main.new_zeros(())
     prediction = sum(
         (
-            _cross_entropy(model, hidden, labels(batch, depth, masked)) / (scale.valid_tokens * depths)
+            _cross_entropy(model, hidden, labels(batch, depth, masked), scale.valid_tokens * depths)
             for depth, hidden in enumerate(states.predictions, start=1)
         ),
         start=zero,
@@ -91,9 +91,9 @@ def losses(
     )
 
 
-def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    summed, _ = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten())
-    return summed
+def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, divisor: int) -> Tensor:
+    loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten(), divisor)
+    return loss
 
 
 def _balance(states: States, batch: Batch, scale: Scale, config: BalanceConfig, zero: Tensor) -> Tensor:

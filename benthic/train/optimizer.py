@@ -1,12 +1,14 @@
 """AdamW on float32 master weights, with the manifest's groups.
 
-A float32 model is its own master. Of a bfloat16 model each parameter has a float32 copy that moments and updates
-act on; gradients are added up in float32 as soon as a backward pass has made them, and the bfloat16 one is dropped.
+A float32 model is its own master. Of a bfloat16 model each parameter has a float32 copy that moments and updates act
+on. A gradient that one micro-batch alone has made stays as its product wrote it; from the second on gradients are added
+up in float32 as soon as a backward pass has made them, and the bfloat16 ones are dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,75 +17,102 @@ from benthic.config.manifest import parameters
 from benthic.config.train import OptimizerConfig
 from benthic.errors import CheckpointError
 from benthic.model.language_model import LanguageModel
-
-FIRST, SECOND = "exp_avg", "exp_avg_sq"
+from benthic.numerics.reference.adamw import Rule
+from benthic.ops.adamw import gradient_norm
+from benthic.train.adamw import FIRST, SECOND, OnePass, OnProcessor
+from benthic.train.offload import Lanes, lanes_of
 
 
 class Optimizer:
-    """The masters of a model, their gradients and moments. `masters` maps parameter names to float32 tensors."""
+    """The masters of a model, their gradients and moments. `masters` maps parameter names to float32 tensors.
 
-    def __init__(self, model: LanguageModel, config: OptimizerConfig) -> None:
-        self.config = config
-        self._parameters = dict(model.named_parameters())
-        self.masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
-        groups = {row.name: row.group for row in parameters(model.config)}
-        decayed = [master for name, master in self.masters.items() if groups[name] in config.decayed_groups]
-        others = [master for name, master in self.masters.items() if groups[name] not in config.decayed_groups]
-        settings = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW(
-            [group for group in settings if group["params"]],
-            lr=0.0,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=True,
-        )
+    `moments` is the dtype moments are stored in. With `offload` moments and a bfloat16 model's masters live in the
+    processor's memory. Functions in `before_step` are called before masters change: who reads them aside must be done.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: OptimizerConfig,
+        moments: Literal["float32", "bfloat16"] = "float32",
+        offload: bool = False,
+    ) -> None:
+        self.config, self.updates = config, 0
+        self.before_step: list[Callable[[], None]] = []
+        self._parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self._sums: dict[str, Tensor] = {}
+        self._device = next(iter(self._parameters.values())).device
+        lanes = lanes_of(self._device) if offload else None
+        self.masters = {name: self._master(name, parameter, lanes) for name, parameter in self._parameters.items()}
+        decayed = config.decayed_groups
+        self._decayed = frozenset(row.name for row in parameters(model.config) if row.group in decayed)
+        if self._device.type == "cpu" and moments == "float32" and lanes is None:
+            self._adamw = OnProcessor(config, self.masters, self._parameters, self._decayed)
+        else:
+            self._adamw = OnePass(self.masters, self._parameters, getattr(torch, moments), lanes)
+
+    def _master(self, name: str, parameter: Tensor, lanes: Lanes | None) -> Tensor:
+        if parameter.dtype == torch.float32:
+            return parameter
+
+        def add_up(finished: Tensor) -> None:
+            gradient, finished.grad = finished.grad, None
+            if gradient is None:
+                return
+            total = self._sums.get(name)
+            self._sums[name] = self._adamw.keeps(gradient) if total is None else total.float().add_(gradient)
+
+        parameter.register_post_accumulate_grad_hook(add_up)
+        master = parameter.detach().float()
+        return master if lanes is None else lanes.keep(master)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What backward passes have left since `zero_gradients`, by name."""
+        own = {name: one.grad for name, one in self._parameters.items() if one.grad is not None}
+        return own | self._sums
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the update before."""
-        for master in self.masters.values():
-            master.grad = None
+        self._sums.clear()
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def gradient_norm(self) -> Tensor:
-        """The joint norm of all gradients, a scalar."""
-        return torch.nn.utils.get_total_norm(
-            [master.grad for master in self.masters.values() if master.grad is not None]
-        )
+        """The joint norm of all gradients, a float32 scalar."""
+        return gradient_norm(list(self.gradients().values()))
 
     def bad_gradients(self) -> list[str]:
         """Names of parameters whose gradient holds a value that is not finite."""
-        return [
-            name
-            for name, master in self.masters.items()
-            if master.grad is not None and not master.grad.isfinite().all()
-        ]
+        found = self.gradients()
+        return [name for name in self._parameters if name in found and not found[name].isfinite().all()]
 
     @torch.no_grad()
-    def step(self, learning_rate: float, gradient_norm: Tensor) -> None:
-        """One update of masters and parameters, with gradients scaled so that their norm is at most `clip_norm`."""
-        if self.config.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.clip_norm, gradient_norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._publish()
+    def step(self, learning_rate: float, gradient_norm: Tensor, finite: Tensor | None = None) -> None:
+        """One update of masters and parameters, with gradients scaled so that their norm is at most `clip_norm`.
 
-    @torch.no_grad()
-    def _publish(self) -> None:
-        for name, master in self.masters.items():
-            parameter = self._parameters[name]
-            if parameter is not master:
-                parameter.copy_(master)
+        Nothing changes where `finite` (bool [], on the device; by default whether the norm is finite) is False; a GPU
+        finds that out by itself.
+        """
+        for wait in self.before_step:
+            wait()
+        config, self.updates = self.config, self.updates + 1
+        clip = torch.ones_like(gradient_norm)
+        if config.clip_norm is not None:
+            clip = (config.clip_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
+        plain = Rule(learning_rate, config.beta1, config.beta2, config.epsilon, 0.0, self.updates)
+        decaying = plain._replace(weight_decay=config.weight_decay)
+        gradients = self.gradients()
+        rules = {name: decaying if name in self._decayed else plain for name in gradients}
+        self._adamw.step(gradients, rules, clip, gradient_norm.isfinite() if finite is None else finite)
 
     def moments(self) -> dict[str, Tensor]:
         """`exp_avg.<name>` and `exp_avg_sq.<name>` of every parameter that has been updated."""
+        if not self.updates:
+            return {}
         return {
-            f"{kind}.{name}": self._adamw.state[master][kind]
-            for name, master in self.masters.items()
-            for kind in (FIRST, SECOND)
-            if master in self._adamw.state
+            f"{kind}.{name}": one
+            for name, both in self._adamw.moments.items()
+            for kind, one in zip((FIRST, SECOND), both, strict=True)
         }
 
     @torch.no_grad()
@@ -97,16 +126,16 @@ class Optimizer:
                 f"the saved state has made {updates} updates but lacks their moments",
                 hint="move that state away; --resume then continues from the one before it",
             )
+        found = {}
         for name, master in self.masters.items():
             _refuse_other_shape(name, master, masters, moments)
             master.copy_(masters[name])
+            if self._parameters[name] is not master:
+                self._parameters[name].copy_(master)
             if f"{FIRST}.{name}" in moments:
-                self._adamw.state[master] = {
-                    "step": torch.tensor(float(updates), device=master.device),
-                    FIRST: moments[f"{FIRST}.{name}"].to(master.device, copy=True),
-                    SECOND: moments[f"{SECOND}.{name}"].to(master.device, copy=True),
-                }
-        self._publish()
+                found[name] = moments[f"{FIRST}.{name}"], moments[f"{SECOND}.{name}"]
+        self.updates = updates
+        self._adamw.take_over(found, updates)
 
 
 def _refuse_other_shape(
@@ -122,17 +151,3 @@ def _refuse_other_shape(
             )
     if (saved[FIRST] is None) != (saved[SECOND] is None):
         raise CheckpointError(f"the saved state holds one moment of {name}, not both")
-
-
-def _master(parameter: torch.nn.Parameter) -> Tensor:
-    if parameter.dtype == torch.float32:
-        return parameter
-    master = parameter.detach().float()
-
-    def add_up(finished: Tensor) -> None:
-        gradient, finished.grad = finished.grad, None
-        if gradient is not None:
-            master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
-
-    parameter.register_post_accumulate_grad_hook(add_up)
-    return master

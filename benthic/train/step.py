@@ -1,9 +1,12 @@
-"""One update: micro-batches, loss, backward, clip, the parameters, then the routing biases."""
+"""One update: micro-batches, loss, backward, clip, the parameters, then the routing biases.
+
+A GPU gets the whole update without the host waiting for any of it. What the update depends on (is everything finite,
+how much to clip) is decided on the device, and the few numbers of the record come to the host together, at the end.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,46 +52,81 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
         yield Batch(batch.tokens[start : start + size], batch.documents[start : start + size])
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """An update that a GPU may still be working on. `batch` is the host's."""
+
+    place: Place
+    scale: Scale
+    learning_rate: float
+    parts: list[Losses]
+    numbers: Tensor
+    loads: dict[int, Tensor]
+    batch: Batch
+
+
 def update(
     model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig, failures: Path
 ) -> Update:
-    """One update of `model` on `batch` ([B, S + 1] tokens on the model's device).
+    """One update of `model` on `batch` ([B, S + 1] tokens), launched and awaited."""
+    return finish(launch(model, optimizer, batch, place, config), optimizer, failures)
 
-    Raises NumericsError before anything has changed when the loss or the gradient is not finite, and leaves the batch
-    under `failures`.
-    """
+
+def launch(model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig) -> Launched:
+    """Enqueue an update on `batch`, which is the host's; nothing here waits for the device."""
     masked = config.data.mask_documents
     scale = Scale(int((labels(batch, 0, masked) != IGNORED).sum()), len(batch.tokens))
     weight = value(config.prediction.weight, place)
     optimizer.zero_gradients()
     parts: list[Losses] = []
-    for micro in micro_batches(batch, config.batch.micro_sequences):
+    for micro in micro_batches(on_device(batch, model.head_weight.device), config.batch.micro_sequences):
         part = losses(model, micro, scale, masked, weight, config.balance)
         part.total.backward()
         part.total = part.total.detach()
         parts.append(part)
     norm = optimizer.gradient_norm()
-    result = _summed(parts, float(norm), place, scale, value(config.optimizer.learning_rate, place))
-    if not (math.isfinite(result.gradient_norm) and math.isfinite(float(sum(part.total for part in parts)))):
-        raise _not_finite(result, parts, optimizer, batch, failures)
-    optimizer.step(result.learning_rate, norm)
+    total = torch.stack([part.total for part in parts]).sum()
+    finite = norm.isfinite() & total.isfinite()
+    learning_rate = value(config.optimizer.learning_rate, place)
+    optimizer.step(learning_rate, norm, finite)
+    loads = {layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads}
     balance, tokens = config.balance, batch.tokens[:, 1:].numel()
     speed = scaled_speed(value(balance.speed, place), tokens, balance.reference_tokens)
-    move_biases(routing_biases(model), result.loads, balance, speed)
+    # Loads of zero are even loads: where the update must not happen, no bias moves.
+    move_biases(routing_biases(model), {layer: load * finite for layer, load in loads.items()}, balance, speed)
+    recorded = [sum(getattr(part, name) for part in parts) for name in ("main", "prediction", "balance")]
+    numbers = torch.stack([*recorded, norm, finite.float()])
+    return Launched(place, scale, learning_rate, parts, numbers, loads, batch)
+
+
+def finish(launched: Launched, optimizer: Optimizer, failures: Path) -> Update:
+    """Wait for an update and say what it saw.
+
+    Raises NumericsError when the loss or the gradient was not finite: nothing has changed then, and the batch is left
+    under `failures`.
+    """
+    loss, prediction, balance, norm, finite = launched.numbers.tolist()
+    result = Update(
+        step=launched.place.step,
+        tokens=launched.scale.valid_tokens,
+        learning_rate=launched.learning_rate,
+        loss=loss,
+        prediction_loss=prediction,
+        balance_loss=balance,
+        gradient_norm=norm,
+        loads=launched.loads,
+    )
+    if not finite:
+        raise _not_finite(result, launched.parts, optimizer, launched.batch, failures)
     return result
 
 
-def _summed(parts: list[Losses], norm: float, place: Place, scale: Scale, learning_rate: float) -> Update:
-    return Update(
-        step=place.step,
-        tokens=scale.valid_tokens,
-        learning_rate=learning_rate,
-        loss=float(sum(part.main for part in parts)),
-        prediction_loss=float(sum(part.prediction for part in parts)),
-        balance_loss=float(sum(part.balance for part in parts)),
-        gradient_norm=norm,
-        loads={layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads},
-    )
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` on `device`. A GPU fetches it by itself, from memory that stays where it is."""
+    if device.type != "cuda":
+        return Batch(batch.tokens.to(device), batch.documents.to(device))
+    tokens, documents = (one.pin_memory().to(device, non_blocking=True) for one in (batch.tokens, batch.documents))
+    return Batch(tokens, documents)
 
 
 def _not_finite(

@@ -12,22 +12,24 @@ from torch import Tensor
 from benthic.checkpoint import load_into, open_checkpoint
 from benthic.config.model import ModelConfig
 from benthic.config.train import TrainConfig
-from benthic.data import Batch, Loader, prepare
+from benthic.data import Loader, prepare
 from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
-from benthic.train.ema import Average
+from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
+from benthic.train.feed import Feed
 from benthic.train.folder import RunFolder
 from benthic.train.metrics import Meter, write_loads
 from benthic.train.optimizer import Optimizer
 from benthic.train.progress import Lines
+from benthic.train.recomputation import recompute
 from benthic.train.sample import complete
-from benthic.train.schedule import Place, sequences_at
+from benthic.train.schedule import Place
 from benthic.train.state import Progress, State, complete_states, read_state, save_state
-from benthic.train.step import routing_biases, update
+from benthic.train.step import finish, launch, on_device, routing_biases
 
 
 class Trainer:
@@ -39,20 +41,26 @@ class Trainer:
         self.device = torch.device(config.device)
         self.corpus = prepare(config.data, folder.data)
         self.tokenizer = self.corpus.tokenizer
-        self.loader = Loader(self.corpus.train, config.data.sequence_length, config.data.seed)
+        self.feed = Feed(Loader(self.corpus.train, config.data.sequence_length, config.data.seed), config)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, but model.vocab_size is "
                 f"{config.model.vocab_size}"
             )
-        dtype = torch.bfloat16 if config.precision.compute == "bfloat16" else torch.float32
+        dtype = torch.float32 if config.precision.compute == "float32" else torch.bfloat16
         self.model = LanguageModel(config.model, self.device, dtype)
         torch.manual_seed(config.seed)
         if not complete_states(folder.checkpoints):
             self._first_weights()
-        self.optimizer = Optimizer(self.model, config.optimizer)
-        decay = config.optimizer.ema_decay
-        self.average = None if decay is None else Average(self.weights(), decay)
+        if config.precision.compute == "float8":
+            from benthic.model.float8 import use_float8
+
+            use_float8(self.model)
+        recompute(self.model, config.memory.recomputation)
+        self.optimizer = Optimizer(
+            self.model, config.optimizer, config.precision.moments, config.memory.offload_optimizer
+        )
+        self.average = self._average()
         self.meter = Meter(config.model, config.data.sequence_length, self.device, config.precision.compute)
         self.step = self.tokens = 0
         self.saved: int | None = None
@@ -68,6 +76,16 @@ class Trainer:
         _refuse_other_mathematics(checkpoint.config, self.config.model, self.config.start_from)
         load_into(self.model, checkpoint)
         logger.info("weights of %s", self.config.start_from)
+
+    def _average(self) -> Average | None:
+        decay = self.config.optimizer.ema_decay
+        if decay is None:
+            return None
+        if not self.config.memory.offload_average:
+            return Average(self.weights(), decay)
+        average = OffloadedAverage(self.weights(), decay)
+        self.optimizer.before_step.append(average.let_go)
+        return average
 
     def weights(self) -> dict[str, Tensor]:
         """float32 masters and routing biases by name: what is saved, averaged and exported."""
@@ -94,11 +112,13 @@ class Trainer:
     def make_update(self, display: Lines) -> None:
         """One update, counted, shown and, on its turn, logged."""
         place = Place(self.step + 1, self.tokens, self.config.steps)
-        sequences = sequences_at(self.config.batch.sequences, self.config.batch.micro_sequences, place)
-        batch = _on(self.loader.next_batch(sequences), self.device)
-        done = update(self.model, self.optimizer, batch, place, self.config, self.folder.failures)
-        self.step = done.step
-        self.tokens += batch.tokens[:, 1:].numel()
+        batch = self.feed.next_batch(place)
+        launched = launch(self.model, self.optimizer, batch, place, self.config)
+        tokens = self.tokens + batch.tokens[:, 1:].numel()
+        # A GPU is still working on this batch.
+        self.feed.read_ahead(Place(place.step + 1, tokens, self.config.steps))
+        done = finish(launched, self.optimizer, self.folder.failures)
+        self.step, self.tokens = done.step, tokens
         if self.average is not None:
             self.average.update(self.weights(), self.step)
         self.meter.count(done)
@@ -149,9 +169,9 @@ class Trainer:
         batches = held_out(
             self.corpus.validation, config.data.sequence_length, config.evaluation.micro_sequences, max_tokens
         )
-        on_device = (_on(batch, self.device) for batch in batches)
+        placed = (on_device(batch, self.device) for batch in batches)
         token_bytes = self.corpus.token_bytes.to(self.device)
-        return validate(self.model, on_device, token_bytes, config.data.mask_documents)
+        return validate(self.model, placed, token_bytes, config.data.mask_documents)
 
     def sample(self, display: Lines) -> None:
         """Complete the config's prompts."""
@@ -167,7 +187,7 @@ class Trainer:
         progress = Progress(
             step=self.step,
             tokens=self.tokens,
-            loader=self.loader.state_dict(),
+            loader=self.feed.state,
             best=self.best,
             validation=self.validation,
             corpus=self.corpus.manifest.key,
@@ -180,7 +200,8 @@ class Trainer:
         """Continue from the newest saved state; from the start when the run was stopped before its first."""
         states = complete_states(self.folder.checkpoints)
         if states:
-            self._take_over(read_state(states[-1], self.device))
+            # On the processor: a GPU that is full of this run has no room for its state twice.
+            self._take_over(read_state(states[-1], torch.device("cpu")))
         self.folder.rewind(self.step)
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
 
@@ -200,7 +221,7 @@ class Trainer:
             )
         self.step = self.saved = progress.step
         self.tokens, self.best, self.validation = progress.tokens, progress.best, progress.validation
-        self.loader.load_state_dict(progress.loader)
+        self.feed.restore(progress.loader)
         self.optimizer.load(state.weights, state.moments, progress.step)
         for layer, bias in self.biases.items():
             bias.copy_(state.weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"])
@@ -224,7 +245,3 @@ def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: 
             f"the model in {folder} computes otherwise than this run's: {told}",
             hint=f"take model: {folder} in the config, and change its rotation and length alone",
         )
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.tokens.to(device), batch.documents.to(device))

@@ -26,6 +26,11 @@ class _Norm(torch.autograd.Function):
         return torch.zeros_like(x), torch.zeros_like(weight), None
 
 
+def _add_norm(residual, x, weight, eps):
+    total = residual + x
+    return total, _Norm.apply(total, weight, eps)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value):
@@ -42,6 +47,7 @@ class _Attention(torch.autograd.Function):
 def take_gpu_path(patch: pytest.MonkeyPatch) -> None:
     """Replace the operations whose kernels differ."""
     patch.setattr(ops, "rms_norm", _Norm.apply)
+    patch.setattr(ops, "add_rms_norm", _add_norm)
     patch.setattr(ops, "attention", lambda query, key, value, scale, mask=None: _Attention.apply(query, key, value))
     patch.setattr(ops, "routed_experts", experts_module._grouped)
 

@@ -6,10 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-
-def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """silu(gate) * up."""
-    return gate * gate.sigmoid() * up
+from benthic.numerics.reference.swiglu import swiglu
 
 
 def feed_forward(

@@ -12,9 +12,10 @@ BLOCK = 128
 def quantise_rows(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """x [T, C] -> (values float8_e4m3fn [T, C], scales float32 [ceil(C / 128), T])."""
     rows, columns = x.shape
-    blocks = pad(x.float(), (0, -columns % BLOCK)).view(rows, -1, BLOCK)
+    padded = pad(x.float(), (0, -columns % BLOCK))
+    blocks = padded.view(rows, padded.shape[1] // BLOCK, BLOCK)
     scales = _scale(blocks.abs().amax(2), power_of_two)  # [T, blocks]
-    values = (blocks * (1 / scales)[..., None]).view(rows, -1)[:, :columns]
+    values = (blocks * (1 / scales)[..., None]).view(padded.shape)[:, :columns]
     return values.to(torch.float8_e4m3fn).contiguous(), scales.T.contiguous()
 
 

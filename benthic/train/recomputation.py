@@ -1,0 +1,61 @@
+"""A pass over a finished model: which results of its layers backward computes again instead of keeping them.
+
+"up_projections" drops what DeepSeek-V3 does (section 3.2.3): norm outputs, what is expanded from latents, SwiGLU's
+products. Matrix products, the two that expand latents aside, and attention are never made twice. "layer" keeps each
+layer's input and makes everything else again. Both leave gradients the same bit for bit, and what a layer returns (the
+routing that loads are counted from) is that of the first time alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from benthic.model.language_model import LanguageModel
+from benthic.ops.recomputation import cheap, dropping_cheap_results
+
+UP_PROJECTIONS = ("q_b_proj", "kv_b_proj")
+"""Projections whose inputs are latents, an order of magnitude smaller than their outputs."""
+
+
+def recompute(model: LanguageModel, kind: Literal["none", "up_projections", "layer"]) -> None:
+    """Make every layer of `model`, prediction layers included, train that way from now on; without gradients they
+    work as before."""
+    if kind == "none":
+        return
+    for layer in model.model.layers:
+        if kind == "layer":
+            layer.forward = _checkpointed(layer.forward)
+            continue
+        for name in UP_PROJECTIONS:
+            projection = getattr(layer.self_attn, name, None)
+            if isinstance(projection, nn.Module):
+                projection.forward = cheap(projection.forward)
+        layer.forward = _dropping(layer.forward)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def with_checkpoint(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        # Nothing in a layer is random, and asking a GPU for its generator's state would wait for it.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return with_checkpoint
+
+
+def _dropping(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def without_cheap_results(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        with dropping_cheap_results():
+            return forward(*args)
+
+    return without_cheap_results
