@@ -24,4 +24,5 @@ class EngineConfig(Settings):
     max_step_tokens: Positive = 2048
     max_waiting: Positive | None = None
     prefix_caching: bool = True
+    cuda_graphs: bool = True
     draft_tokens: int | None = Field(None, ge=1, le=16)

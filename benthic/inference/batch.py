@@ -20,29 +20,37 @@ class Stretch(NamedTuple):
     blocks: Sequence[int]
 
 
+def bounds_of(stretches: Sequence[Stretch]) -> tuple[int, ...]:
+    """Where each one's rows begin, and where the last one's end."""
+    return (0, *accumulate(len(stretch.tokens) for stretch in stretches))
+
+
+def rows_of(stretches: Sequence[Stretch], block_size: int) -> Tensor:
+    """Token ids, positions and slots, int64 [3, T]."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for stretch in stretches:
+        places = range(stretch.start, stretch.start + len(stretch.tokens))
+        tokens += stretch.tokens
+        positions += places
+        slots += [stretch.blocks[place // block_size] * block_size + place % block_size for place in places]
+    return torch.tensor([tokens, positions, slots])
+
+
 def lay_out(
     stretches: Sequence[Stretch], pools: Sequence[Tensor], block_size: int, device: torch.device, first: int = 0
 ) -> tuple[Tensor, Pages]:
     """Token ids int64 [T] and their pages; `stretches` come with the shortest first."""
-    counts = tuple(len(stretch.tokens) for stretch in stretches)
-    totals = tuple(stretch.start + count for stretch, count in zip(stretches, counts, strict=True))
-    bounds = (0, *accumulate(counts))
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    for stretch, total in zip(stretches, totals, strict=True):
-        places = range(stretch.start, total)
-        tokens += stretch.tokens
-        positions += places
-        slots += [stretch.blocks[place // block_size] * block_size + place % block_size for place in places]
+    bounds, rows = bounds_of(stretches), rows_of(stretches, block_size).to(device)
+    totals = tuple(stretch.start + len(stretch.tokens) for stretch in stretches)
     longest = -(-max(totals) // block_size)
     tables = [list(stretch.blocks[:longest]) for stretch in stretches]
     for table in tables:
         table += [0] * (longest - len(table))
-    rows = torch.tensor([tokens, positions, slots]).to(device)
     pages = Pages(
         pools=pools,
-        counts=counts,
+        counts=tuple(len(stretch.tokens) for stretch in stretches),
         totals=totals,
         bounds=bounds,
         positions=rows[1],

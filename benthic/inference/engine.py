@@ -190,7 +190,11 @@ class Engine:
                 rows += [Row(request.sampler, drafts[:place], masks[place]) for place in range(wanted)]
         if not rows:
             return [[] for _ in works]
-        drawn = iter(draw(self.runner.logits(self.runner.take_rows(computed.hidden, places)), rows))
+        if computed.logits is not None and len(places) == len(computed.logits):
+            logits = computed.logits
+        else:
+            logits = self.runner.logits(self.runner.take_rows(computed.hidden, places))
+        drawn = iter(draw(logits, rows))
         return [[next(drawn) for _ in range(count)] for count in counts]
 
     def _settle(self, work: Work, rows: slice, drawn: list[Drawn], computed: Computed) -> Event | None:
