@@ -24,7 +24,7 @@ from benthic.inference.engine import Engine
 from benthic.inference.pretrained import load_model
 from benthic.inference.runner import Computed
 from benthic.inference.scheduler import Work
-from benthic.model import LanguageModel, initialise
+from benthic.model import LanguageModel
 from benthic.model.sampling import SamplingParams
 
 
@@ -119,7 +119,7 @@ def _engine(workload: Workload) -> Engine:
         model = load_model(folder, workload.device, dtype)
     else:
         model = LanguageModel(ModelConfig.from_pretrained(workload.model), workload.device, dtype)
-        initialise(model, 0)
+        _spread(model)
     most = max(workload.batches)
     tokens = workload.prompt_tokens + workload.new_tokens + 32
     settings = EngineConfig(
@@ -133,6 +133,17 @@ def _engine(workload: Workload) -> Engine:
     if workload.acceptance is not None:
         return PretendingEngine(model, speculative=True, settings=settings, acceptance=workload.acceptance)
     return Engine(model, speculative=workload.draft_tokens > 0, settings=settings)
+
+
+@torch.no_grad()
+def _spread(model: LanguageModel) -> None:
+    """Random weights under which tokens differ and route to different experts, made on the device."""
+    torch.manual_seed(0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.ndim == 1:
+            tensor.fill_(1.0 if "norm" in name else 0.0)
+        else:
+            tensor.normal_(0, 1.0 if "embed" in name else tensor.shape[-1] ** -0.5)
 
 
 def _seconds(engine: Engine, batch: int, new_tokens: int, workload: Workload, dice: random.Random) -> tuple[float, int]:

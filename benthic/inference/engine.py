@@ -147,26 +147,45 @@ class Engine:
         if not works:
             assert not self._answers, "requests are there, but none can run"
             return []
-        computed = self.runner.compute(works)
-        drawn = self._draw(works, computed)
+        try:
+            computed = self.runner.compute(works)
+            drawn = self._draw(works, computed)
+        except torch.OutOfMemoryError as error:
+            self._make_room(error)
+            return []
         events, news = [], []
         for work, rows, tokens in zip(works, computed.rows, drawn, strict=True):
             request, start = work.request, work.request.computed
             event = self._settle(work, rows, tokens, computed)
             if event is not None:
                 events.append(event)
-            if request.status is Status.RUNNING:
+            if self._drafter is not None and request.status is Status.RUNNING:
                 wanted = min(self._draft_tokens, request.tokens_left - 1) if tokens else 0
                 news.append(News(request, start, request.computed - start, rows.start, wanted))
         if self._drafter is not None:
             self._drafter.follow(news, computed.hidden)
         return events
 
+    def forget_prefixes(self) -> None:
+        """Let no new request find blocks of before: the model's weights changed."""
+        self.pool.forget()
+
     def check(self) -> None:
         """Raise AssertionError unless every block is accounted for."""
         self.scheduler.check()
         queued = {request.id for request in (*self.scheduler.waiting, *self.scheduler.running)}
         assert queued == set(self._answers), "a request is lost"
+
+    def _make_room(self, error: torch.OutOfMemoryError) -> None:
+        """Nothing of the step was kept, so that smaller ones can take its place."""
+        if not self.scheduler.take_smaller_steps():
+            raise CapacityError(
+                f"{self.runner.device} has no memory for a step of one token: {str(error).splitlines()[0]}",
+                hint="give the engine a smaller memory_share or num_blocks",
+            ) from None
+        logger.warning("engine: out of memory; a step has at most %d tokens from now on", self.scheduler.step_tokens)
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _choose_draft_tokens(self, speculative: bool) -> int:
         """How many tokens are drafted a step: 0 where drafts are not wanted, or the model cannot make any."""
@@ -201,7 +220,8 @@ class Engine:
         """Keep what the step found for one request."""
         request, count, drafts = work
         answer = self._answers[request.id][1]
-        keep_prompt_logprobs(request, computed.hidden[rows][:count], self.runner)
+        if request.params.prompt_logprobs is not None:
+            keep_prompt_logprobs(request, computed.hidden[rows.start : rows.start + count], self.runner)
         before, right = len(request.completion.token_ids), 0
         for place, one in enumerate(drawn):
             answer.take(one)
@@ -214,7 +234,8 @@ class Engine:
             right += 1
         request.completion.drafted_tokens += len(drafts)
         request.completion.accepted_tokens += right
-        keep_routes(request, computed.routing, slice(rows.start, rows.start + count + right))
+        if request.params.routed_experts:
+            keep_routes(request, computed.routing, slice(rows.start, rows.start + count + right))
         if request.completion.finish_reason is not None:
             self.scheduler.finish(request)
             del self._answers[request.id]

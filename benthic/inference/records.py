@@ -17,8 +17,6 @@ _ROWS_AT_ONCE = 512
 def keep_prompt_logprobs(request: Request, hidden: Tensor, runner: Runner) -> None:
     """Log-probabilities of the prompt's tokens that the states `hidden` [n, D] of its next n tokens predict."""
     wanted, completion = request.params.prompt_logprobs, request.completion
-    if wanted is None:
-        return
     first = request.computed + 1
     targets = request.tokens[first : min(first + len(hidden), request.prompt_length)]
     # A request that was put back goes through its prompt again: what it found before is replaced.
@@ -35,7 +33,7 @@ def keep_prompt_logprobs(request: Request, hidden: Tensor, runner: Runner) -> No
 
 def keep_routes(request: Request, routing: dict[int, Routing], rows: slice) -> None:
     """The experts that its next tokens, `rows` of the step, were sent to."""
-    if not request.params.routed_experts or not routing:
+    if not routing:
         return
     chosen = torch.stack([routing[layer].experts[rows] for layer in sorted(routing)], 1).to("cpu", torch.int16)
     known = request.completion.routed_experts

@@ -42,6 +42,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.preemptions = 0
         self.draft_tokens = draft_tokens
+        self.step_tokens = config.max_step_tokens
         self._most_running = max(1, min(config.max_sequences, config.max_step_tokens // (1 + draft_tokens)))
 
     def add(self, request: Request) -> None:
@@ -59,15 +60,22 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """The next step's work, by number of tokens, the fewest first; empty when there is nothing to do."""
         works: dict[int, Work] = {}
-        left = self.config.max_step_tokens
+        left = self.step_tokens
         for request in [request for request in self.running if request.is_decoding]:
-            drafts = tuple(request.drafts)
+            drafts = tuple(request.drafts[: left - 1])
+            if not left:
+                break
             if request.status is Status.RUNNING and self._grow(request, len(request.tokens) + len(drafts), works):
                 works[request.id] = Work(request, 1, drafts)
                 left -= 1 + len(drafts)
         self._admit()
         self._share_out([request for request in self.running if not request.is_decoding], left, works)
         return sorted(works.values(), key=lambda work: (work.count + len(work.drafts), work.request.rank))
+
+    def take_smaller_steps(self) -> bool:
+        """Halve the tokens of a step, for a device that had no memory for more; False when it is one already."""
+        self.step_tokens, before = max(1, self.step_tokens // 2), self.step_tokens
+        return before > 1
 
     def computed(self, request: Request, tokens: int) -> None:
         """Note that rows of `tokens` more are in place, and let full blocks be found."""
@@ -104,6 +112,8 @@ class Scheduler:
                     works[request.id] = Work(request, count)
 
     def _admit(self) -> None:
+        if not self.waiting:
+            return
         promised = sum(self._missing(request) for request in self.running)
         for request in list(self.waiting):
             if len(self.running) >= self._most_running:

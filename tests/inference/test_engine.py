@@ -301,6 +301,41 @@ def test_logits_that_are_no_numbers_cost_the_request_and_not_the_engine(make_eng
     assert fine.token_ids == list(generate(model, [1, 2], GREEDY))
 
 
+@pytest.mark.usefixtures("_as_a_user")
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_device_without_memory_for_a_step_gets_smaller_ones(speculative, make_engine, monkeypatch):
+    model = randomised(tiny(**CONFIGS["v3"]))
+    states = model.paged_states
+
+    def up_to_five(ids, pages):
+        if len(ids) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.\ndetails")
+        return states(ids, pages)
+
+    monkeypatch.setattr(model, "paged_states", up_to_five)
+    engine = make_engine(model, speculative, max_step_tokens=64, num_blocks=20)
+    prompts = [[n] * (n + 1) for n in range(12)]
+    done = engine.generate(prompts, GREEDY)
+    assert engine.scheduler.step_tokens == 4
+    assert [one.token_ids for one in done] == [list(generate(model, prompt, GREEDY)) for prompt in prompts]
+    monkeypatch.setattr(model, "paged_states", lambda ids, pages: up_to_five([0] * 6, pages))
+    with pytest.raises(CapacityError, match="no memory for a step of one token: CUDA out of memory"):
+        engine.generate([[1]], GREEDY)
+    assert not engine.has_work
+
+
+def test_changed_weights_are_not_served_from_the_cache_of_the_old_ones(make_engine):
+    model = randomised(tiny(**CONFIGS["v3"]))
+    engine, prompt = make_engine(model, block_size=4, num_blocks=40), list(range(20))
+    engine.generate([prompt], GREEDY)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.mul_(-1)
+    engine.forget_prefixes()
+    (done,) = engine.generate([prompt], GREEDY)
+    assert done.cached_tokens == 0
+    assert done.token_ids == list(generate(model, prompt, GREEDY))
+
+
 def test_the_public_engine_opens_a_folder(tmp_path, tokenizer):
     model = randomised(tiny(**CONFIGS["v3"], vocab_size=tokenizer.vocab_size, dtype="float32"))
     save_model(model, tmp_path, weights="fp32")
