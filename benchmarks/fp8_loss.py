@@ -162,14 +162,16 @@ def _train(arm: str, options: argparse.Namespace, device: str, steps: int) -> It
     losses: list[float] = []
     with gradients_by_blocks(device) if arm == "blocks" else nullcontext():
         began = time.monotonic()
-        batch = loader.next_batch(options.batch)
-        for step in range(1, steps + 1):
-            place = Place(step, (step - 1) * options.batch * options.length, config.steps)
-            launched = launch(model, optimizer, batch, place, config)
-            batch = loader.next_batch(options.batch)  # while a GPU works
-            losses.append(finish(launched, optimizer, options.out / "failures").loss)
-            if step % EVERY == 0 or step == steps:
-                yield losses, time.monotonic() - began
+        launched = None
+        for step in range(1, steps + 2):
+            before = launched
+            if step <= steps:  # launched before the last one is waited for
+                place = Place(step, (step - 1) * options.batch * options.length, config.steps)
+                launched = launch(model, optimizer, loader.next_batch(options.batch), place, config, before)
+            if before is not None:
+                losses.append(finish(before, options.out / "failures").loss)
+                if len(losses) % EVERY == 0 or len(losses) == steps:
+                    yield losses, time.monotonic() - began
 
 
 @contextmanager

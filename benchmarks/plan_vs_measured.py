@@ -41,7 +41,7 @@ from benthic.plan.memory import TrainingMemory, training_memory  # noqa: E402
 from benthic.plan.training import Training  # noqa: E402
 from benthic.plan.training_time import StepTime, step_time  # noqa: E402
 from benthic.train.loss import Scale, losses  # noqa: E402
-from benthic.train.optimizer import Optimizer  # noqa: E402
+from benthic.train.optimizer import Optimizer, joint_norm  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def step(model: LanguageModel, optimizer: Optimizer, batch: Batch, training: Tra
         rows = slice(start, start + training.micro_batch)
         micro = Batch(batch.tokens[rows], batch.documents[rows])
         losses(model, micro, scale, False, 0.3, BalanceConfig()).total.backward()
-    norm = optimizer.gradient_norm()
+    norm = joint_norm(optimizer.gradient_norms())
     if not math.isfinite(norm):
         raise NumericsError(f"the gradient's norm is {float(norm)}; nothing is measured on a step that is wrong")
     optimizer.step(1e-4, norm)

@@ -22,6 +22,7 @@ HEADLINES: dict[str, tuple[str, ...]] = {
         "training, lite, float8",
         "training, v3, float8",
     ),
+    "fp8_loss": ("loss after",),
     "train_cpu_tiny": ("training step, tiny", "greedy decoding with a cache, tiny"),
     "plan_vs_measured": (
         "planned memory of a training step: v2-lite, 8 layers, 4 x 4096",
@@ -191,7 +192,26 @@ def _arm_beside(row: dict[str, Any]) -> str:
     return f"{arm['trainer']} {row['version']} {states}{attention}"
 
 
+def _fp8_loss(result: dict[str, Any]) -> Iterator[str]:
+    """The smoothed loss of each FP8 run beside bf16's: the mean difference over the last tenth of the updates."""
+    machine, found = result["machine"], result["summary"]
+    where = f"{result.get('gpu', 'CPU')}, torch {machine['versions']['torch']}"
+    for arm, row in found.items():
+        if "mean_difference_of_last_tenth_percent" not in row:
+            continue
+        blocks = ", gradients by 128 x 128" if arm == "blocks" else ""
+        yield _row(
+            f"loss after {row['updates']:,} updates of 0.56 B parameters in FP8{blocks}",
+            f"{row['last_smoothed_loss']:.4f}",
+            f"bf16: {found['bfloat16']['last_smoothed_loss']:.4f}",
+            f"{row['mean_difference_of_last_tenth_percent']:+.3f}% over the last tenth",
+            where,
+            machine["commit"],
+        )
+
+
 ROWS = {
+    "fp8_loss": _fp8_loss,
     "kernels": _kernels,
     "train_gpu": _train_gpu,
     "train": _train,

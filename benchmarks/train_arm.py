@@ -37,7 +37,7 @@ from benthic.plan.memory import training_memory
 from benthic.train.balance import max_violation
 from benthic.train.optimizer import Optimizer
 from benthic.train.schedule import Place
-from benthic.train.step import Update, finish, launch
+from benthic.train.step import Launched, Update, finish, launch
 
 GIB = 2**30
 
@@ -77,17 +77,18 @@ def make_step(arm: Arm, device: str) -> Callable[[], Update]:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     batches = random_batches(config)
-    ready, made = next(batches), 0
+    ahead: Launched | None = None
+    tokens = arm.batch * arm.sequence_length
     # A folder for the report of a batch that fails; it outlives the process, since the error names it.
     failures = Path(tempfile.gettempdir()) / "benthic-bench-failures"
 
     def step() -> Update:
-        nonlocal ready, made
-        made += 1
-        place = Place(made, (made - 1) * arm.batch * arm.sequence_length, config.steps)
-        launched = launch(model, optimizer, ready, place, config)
-        ready = next(batches)  # as the trainer reads ahead while a GPU works
-        return finish(launched, optimizer, failures)
+        nonlocal ahead
+        launched = ahead or launch(model, optimizer, next(batches), Place(1, 0, config.steps), config)
+        # As the trainer on a GPU: the next update is launched before this one is waited for.
+        place = Place(launched.place.step + 1, launched.place.tokens + tokens, config.steps)
+        ahead = launch(model, optimizer, next(batches), place, config, launched)
+        return finish(launched, failures)
 
     return step
 

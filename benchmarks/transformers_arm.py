@@ -34,7 +34,7 @@ def measure(arm: Arm) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss
+        return loss.detach()
 
     for _ in range(arm.warm_up):
         step()

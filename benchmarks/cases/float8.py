@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -47,8 +49,11 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def _deep_gemm() -> ModuleType | None:
+    """Installed, or as the vLLM build on the import path ships it; vllm itself need not be importable."""
     if find_spec("deep_gemm") is None:
-        return None
+        folders = (Path(folder) for folder in sys.path)
+        found = next((folder for folder in folders if (folder / "vllm/third_party/deep_gemm").is_dir()), None)
+        return kernels_fp8.load_deep_gemm(found)
     import deep_gemm
 
     return deep_gemm
@@ -85,7 +90,9 @@ def _quantised(device: str) -> Iterator[Case]:
     yield Case("quantise 1x128", shape, runs, lambda out: _rows_error(out, x[:512]), E4M3, size)
     runs = {
         "benthic": lambda: quantise.quantise_columns(x, ends),
-        "benthic, 80 registers": lambda: quantise.quantise_columns(x, ends, registers=80),
+        "benthic, 1 tile": lambda: quantise.quantise_columns(x, ends, tiles=1),
+        "benthic, 1 tile, 80 registers": lambda: quantise.quantise_columns(x, ends, tiles=1, registers=80),
+        "benthic, 4 tiles": lambda: quantise.quantise_columns(x, ends, tiles=4),
     }
     yield Case("quantise 128x1, transposed", shape, runs, lambda out: _columns_error(out, x[:128]), E4M3, size)
     weight = _noise(device, 8, 4096, WIDTH)
@@ -104,7 +111,10 @@ def _retiled(device: str) -> Iterator[Case]:
     size = 2 * _bytes(values, scales)
     runs: dict[str, Callable[[], Any]] = {
         "benthic": lambda: retile.retile_columns(values, scales, ends),
-        "benthic, 80 registers": lambda: retile.retile_columns(values, scales, ends, registers=80),
+        "benthic, 1 tile": lambda: retile.retile_columns(values, scales, ends, tiles=1),
+        "benthic, 1 tile, 80 registers": lambda: retile.retile_columns(values, scales, ends, tiles=1, registers=80),
+        "benthic, 2 tiles": lambda: retile.retile_columns(values, scales, ends, tiles=2),
+        "benthic, 4 tiles, 96 registers": lambda: retile.retile_columns(values, scales, ends, registers=96),
         "from bfloat16": lambda: quantise.quantise_columns(x, ends),
     }
     yield Case("re-tile 1x128 to 128x1", shape, runs, lambda out: _columns_error(out, x[:128]), 1.5 * E4M3, size)
@@ -115,7 +125,9 @@ def _retiled(device: str) -> Iterator[Case]:
     name = f"{count}x{WIDTH}, each {CHOSEN} times"
     runs = {
         "benthic": lambda: retile.retile_columns(values, scales, ends, tokens),
-        "benthic, 80 registers": lambda: retile.retile_columns(values, scales, ends, tokens, registers=80),
+        "benthic, 1 tile": lambda: retile.retile_columns(values, scales, ends, tokens, tiles=1),
+        "benthic, 2 tiles": lambda: retile.retile_columns(values, scales, ends, tokens, tiles=2),
+        "benthic, 4 tiles, 96 registers": lambda: retile.retile_columns(values, scales, ends, tokens, registers=96),
     }
     size = (1 + CHOSEN) * _bytes(values, scales)
     rows = tokens[:128]
@@ -163,14 +175,15 @@ def _dense(device: str, tokens: int, out: int, into: int, deep_gemm: ModuleType 
     kind = F.ScalingType
     runs: dict[str, Callable[[], Any]] = {
         "benthic": _judged(lambda: grouped_matmul_fp8(values, scales, weight, weight_scales, ends)),
-        "torch scaled_mm": _judged(
+        "torch bf16": _judged(lambda: F.linear(x, matrix[0]), OTHER_OPERANDS),
+    }  # fmt: skip
+    if out % 128 == 0:  # its scales know no ragged blocks
+        runs["torch scaled_mm"] = _judged(
             lambda: F.scaled_mm(
                 values, weight[0].T, scales.T, kind.BlockWise1x128, weight_scales[0].T, kind.BlockWise128x128,
                 output_dtype=torch.bfloat16,
             )
-        ),
-        "torch bf16": _judged(lambda: F.linear(x, matrix[0]), OTHER_OPERANDS),
-    }  # fmt: skip
+        )  # fmt: skip
     if deep_gemm is not None:
         into_this = x.new_empty(tokens, out)
 

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     kernels = benchmarks.add_parser("kernels", allow_abbrev=False, help="every kernel beside its peers; needs a GPU")
     kernels.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="cases or topics named so in part")
     kernels.add_argument("--without", nargs="+", default=(), metavar="TEXT", help="peers named so in part are left out")
+    kernels.add_argument("--topic-seconds", type=float, help="a topic that takes longer is stopped (default 240)")
     kernels.add_argument("--rounds", type=int, help="of five samples each (default 3)")
     train = benchmarks.add_parser(
         "train",

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benthic.numerics.reference.adamw import Rule
 
-BLOCK = 2048
+BLOCK = 1024
+"""Elements of a program: 4 a thread, the most that all dtypes load at once without being dealt out anew."""
 
 
 def adamw(
@@ -40,7 +41,7 @@ def adamw(
         master, gradient, exp_avg, exp_avg_sq, parameter, clip, finite.view(torch.uint8), count,
         1 - rule.learning_rate * rule.weight_decay, rule.learning_rate / correction1, 1 - rule.beta1,
         rule.beta2, 1 - rule.beta2, correction2, rule.epsilon,
-        BLOCK=BLOCK, num_warps=4,
+        BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
 
 

@@ -11,20 +11,37 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from benthic.kernels.hopper import require, require_fp8
-from benthic.kernels.quantise import BLOCK
+from benthic.kernels.quantise import (
+    BLOCK,
+    copy_layout,
+    fetch_tiles,
+    quad_layout,
+    quads,
+    rows_of_block,
+    rows_of_quads,
+    store_columns,
+)
 
 
 def retile_columns(
-    values: Tensor, scales: Tensor, ends: Tensor, tokens: Tensor | None = None, registers: int | None = None
+    values: Tensor,
+    scales: Tensor,
+    ends: Tensor,
+    tokens: Tensor | None = None,
+    tiles: int = 4,
+    registers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """values float8_e4m3fn [T, C] with scales float32 [ceil(C / 128), T], powers of two (quantise_rows) -> the layout
     of quantise_columns: values [C, P], scales [P / 128, C], powers of two.
 
     With `tokens` int64 [R], row r of the R that `ends` cuts into groups is values[tokens[r]]: no copy of the rows in
-    that order is needed. C must be a multiple of 16. `registers`: as for quantise_columns.
+    that order is needed. C must be a multiple of 16. `tiles` (1, or even) and `registers`: as for quantise_columns.
     """
+    if tiles != 1 and tiles % 2:
+        raise ValueError(f"tiles must be 1 or even, not {tiles}: a scale of a row is for two tiles")
     rows, columns = values.shape
     require_fp8("values", values, (rows, columns))
     require("scales", scales, (triton.cdiv(columns, BLOCK), rows), torch.float32)
@@ -34,9 +51,10 @@ def retile_columns(
     result = values.new_empty((columns, blocks * BLOCK))
     result_scales = scales.new_empty((blocks, columns))
     if taken:
-        _retile[(triton.cdiv(columns, 64), blocks)](
-            values, scales, ends, tokens, result, result_scales, rows, columns, blocks * BLOCK, len(ends),
-            TAKES=tokens is not None, GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64,
+        _retile[(triton.cdiv(columns, 64 * tiles), blocks)](
+            values, scales, ends, tokens, result.view(torch.int32), result_scales,
+            rows, columns, blocks * BLOCK // 4, len(ends),
+            TAKES=tokens is not None, GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64, TILES=tiles,
             num_warps=4, maxnreg=registers,
         )  # fmt: skip
     return result, result_scales
@@ -79,38 +97,54 @@ def _take(
 
 @gluon.jit
 def _retile(
-    values, scales, ends, tokens, result, result_scales, T, C, P, E,
-    TAKES: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr,
+    values, scales, ends, tokens, result, result_scales, T, C, WORDS, E,
+    TAKES: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    # The layouts and the search for the group are those of quantise_columns.
-    WARPS: gl.constexpr = gl.num_warps()
-    LOAD: gl.constexpr = gl.BlockedLayout([8, 8], [32 // (WIDTH // 8), WIDTH // 8], [WARPS, 1], [1, 0])
-    STORE: gl.constexpr = gl.BlockedLayout([16, 1], [8, 4], [1, WARPS], [0, 1])
     block = gl.program_id(1)
-    group = gl.arange(0, GROUPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    starts = gl.load(ends + group - 1, mask=(group > 0) & (group < E), other=0)
-    mine = gl.sum(((starts // 128 + group <= block) & (group < E)).to(gl.int32), 0) - 1  # the last to start by here
-    start = gl.load(ends + mine - 1, mask=mine > 0, other=0)
-    end = gl.load(ends + mine)
-    first = start + (block - (start // 128 + mine)) * 128
+    first, end = rows_of_block(ends, block, E, GROUPS)
     if first < end:
-        row = first + gl.arange(0, 128, layout=gl.SliceLayout(1, LOAD))
-        c = gl.program_id(0) * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LOAD))
-        valid = row < end
-        if TAKES:
-            t = gl.load(tokens + row, mask=valid, other=0)
-        else:
-            t = row.to(gl.int64)
-        inside = valid[:, None] & (c < C)[None, :]
-        loaded = gl.load(values + t[:, None] * C + c[None, :], mask=inside, other=0.0).to(gl.float32)
-        row_scale = gl.load(scales + (gl.program_id(0) * WIDTH // 128).to(gl.int64) * T + t, mask=valid, other=0.0)
-        loaded = loaded * row_scale[:, None]
-        amax = gl.max(gl.abs(loaded), 0)
-        scale = gl.maximum(amax * (1.0 / 448.0), 1.1754943508222875e-38)
-        scale = ((scale.to(gl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(gl.float32, bitcast=True)
-        scale = gl.where(amax == 0, 1.0, scale)
-        gl.store(result_scales + block * C + c, scale, mask=c < C)
-        quantised = gl.convert_layout((loaded * (1.0 / scale)[None, :]).to(gl.float8e4nv), STORE)
-        p = block * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, STORE))
-        c = gl.program_id(0) * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, STORE))
-        gl.store(result + c[None, :].to(gl.int64) * P + p[:, None], quantised, mask=(c < C)[None, :])
+        COPY: gl.constexpr = copy_layout(WIDTH, 1, gl.num_warps())
+        column = gl.program_id(0) * (WIDTH * TILES)
+        tables = _fetch_scales(scales, tokens, first, end, column, T, C, TAKES, (WIDTH * TILES + 127) // 128)
+        row = first + quads(gl.SliceLayout(1, COPY))
+        c = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPY))
+        t = _token(tokens, row, end, TAKES)
+        ring = fetch_tiles(values + t[:, None] * C + c[None, :], row < end, c, C, TILES)
+        for tile in range(TILES):
+            async_copy.wait_group(TILES - 1)
+            mine, table = ring.index(tile), tables.index(tile * WIDTH // 128)
+            store_columns(
+                _scaled(mine, table, 0), _scaled(mine, table, 1), _scaled(mine, table, 2), _scaled(mine, table, 3),
+                result, result_scales, block, column + tile * WIDTH, C, WORDS, True,
+            )  # fmt: skip
+            async_copy.commit_group()  # an empty one: each turn waits for all but TILES - 1
+
+
+@gluon.jit
+def _fetch_scales(
+    scales, tokens, first, end, column, T, C, TAKES: gl.constexpr, TABLES: gl.constexpr
+):  # fmt: skip
+    # [TABLES, 128] in shared memory, one for each 128 columns; part of the first group of copies.
+    row = first + quads(gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    t = _token(tokens, row, end, TAKES)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    tables = gl.allocate_shared_memory(gl.float32, [TABLES, 128], PLAIN)
+    for table in gl.static_range(TABLES):
+        inside = (row < end) & (column + table * 128 < C)
+        pointers = scales + (column // 128 + table).to(gl.int64) * T + t
+        async_copy.async_copy_global_to_shared(tables.index(table), pointers, inside)
+    return tables
+
+
+@gluon.jit
+def _scaled(tile, table, j: gl.constexpr):
+    LOAD: gl.constexpr = quad_layout(tile.shape[1], gl.num_warps())
+    return rows_of_quads(tile, j) * table.slice(32 * j, 32).load(gl.SliceLayout(1, LOAD))[:, None]
+
+
+@gluon.jit
+def _token(tokens, row, end, TAKES: gl.constexpr):
+    if TAKES:
+        return gl.load(tokens + row, mask=row < end, other=0)
+    else:
+        return row.to(gl.int64)

@@ -1,8 +1,8 @@
 """SwiGLU between two FP8 products, quantised as it is computed (arXiv:2412.19437, sections 3.3.2 and 3.3.3).
 
 Forward takes what the gate and up projections left, in bfloat16, and writes what the down projection reads and what
-backward needs, both e4m3: 7 bytes a channel and token. Backward computes the activation again: 8 bytes. A program has
-16 tokens and 128 channels, the reach of a scale. Scales are powers of two: see benthic.kernels.retile.
+backward needs, both e4m3: 7 bytes a channel and token. Backward, which computes the activation again, moves as many. A
+program has 16 tokens and 128 channels, the reach of a scale. Scales are powers of two: see benthic.kernels.retile.
 """
 
 import torch

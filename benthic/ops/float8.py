@@ -2,11 +2,10 @@
 swiglu_fp8,grouped_matmul_fp8,grouped_weight_gradient_fp8}.py, which are also what runs on a processor.
 
 All three products of a linear layer take e4m3 operands: weights in blocks of 128 x 128, activations and gradients in
-tiles of 1 x 128 (128 x 128 for gradients diverges, section B.2 of the paper). A tile's scale is a power of two, which
-costs e4m3 nothing but a bit of range. The weight gradient needs its operands in tiles of 128 x 1, down the tokens:
-they are cut anew from the tiles of 1 x 128, and between powers of two this moves exponents alone: nothing is rounded
-a second time but what lies 2^14 or more below the largest of its column. So each tensor is quantised once, one byte an
-element is kept for the backward pass, and operations that read the same tensor share it (`Float8Rows`).
+tiles of 1 x 128 (128 x 128 for gradients diverges, section B.2 of the paper) whose scales are powers of two. The weight
+gradient needs its operands in tiles of 128 x 1, down the tokens: they are cut anew from the tiles of 1 x 128, and
+between powers of two this moves exponents alone. So each tensor is quantised once, one byte an element is kept for the
+backward pass, and operations that read the same tensor share it (`Float8Rows`). docs/kernels-fp8.md has the errors.
 
 What is kept: a linear layer keeps its input, in FP8; a feed-forward also what SwiGLU takes, in FP8, and computes its
 output again (section 3.3.3). The output projection keeps the attention's output as it is: attention keeps the same

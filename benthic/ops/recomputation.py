@@ -77,7 +77,7 @@ class _Source:
 
     def view(self, index: int, tensor: Tensor) -> _View:
         self._kept += 1
-        return _View(self, index, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _View(self, index, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def close(self, pack: Callable[[Tensor], Any]) -> None:
         """Keep inputs as autograd would, if any result was kept; else forget them."""

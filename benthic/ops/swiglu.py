@@ -11,9 +11,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from benthic.ops.recomputation import cheap
-
-_silu = cheap(F.silu)
+from benthic.ops.recomputation import cheap, remember
 
 
 @cheap
@@ -22,7 +20,9 @@ def swiglu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[
     if gate.is_cuda:
         # Two passes and a product in memory become one pass, forwards and backwards.
         return _Swiglu.apply(gate, up)
-    return _silu(gate) * up
+    activated = F.silu(gate)
+    remember(activated, F.silu, gate)
+    return activated * up
 
 
 def weighted_swiglu(

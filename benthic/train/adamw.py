@@ -72,11 +72,12 @@ def _by_pieces(
     for piece in lanes.pieces(gradient.numel()):
         if parameter is None:
             # A float32 model's parameter is its own master and stays where it is.
-            with lanes.visiting((first[piece], second[piece])) as moments:
-                adamw(master[piece], gradient[piece], *moments, None, rule, clip, finite)
+            with lanes.visiting((first[piece], second[piece])) as (mine, other):
+                adamw(master[piece], gradient[piece], mine, other, None, rule, clip, finite)
         else:
-            with lanes.visiting((master[piece], first[piece], second[piece])) as (placed, *moments):
-                adamw(placed, gradient[piece], *moments, parameter.view(-1)[piece], rule, clip, finite)
+            published = parameter.view(-1)[piece]
+            with lanes.visiting((master[piece], first[piece], second[piece])) as (placed, mine, other):
+                adamw(placed, gradient[piece], mine, other, published, rule, clip, finite)
 
 
 class OnProcessor:

@@ -10,9 +10,12 @@ from benthic.plan.devices import Device, find_device
 from benthic.plan.layout import require_fit
 from benthic.plan.memory import TrainingMemory, training_memory
 from benthic.plan.parameters import ParameterCount, count_parameters
-from benthic.plan.training import Training
+from benthic.plan.training import Training, TrainingPrecision
 from benthic.plan.training_time import StepTime, step_time
 from benthic.train.schedule import planned_tokens
+
+PRECISIONS: dict[str, TrainingPrecision] = {"float32": "fp32", "bfloat16": "bf16", "float8": "fp8"}
+"""The planner's names of what a run computes in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +40,16 @@ class RunPlan:
 
 
 def training_of(config: TrainConfig, compute: str) -> Training:
-    """What the planner calls this run, computing in `compute` ("float32" or "bfloat16")."""
-    micro = config.batch.micro_sequences
+    """What the planner calls this run, computing in `compute` ("float32", "bfloat16" or "float8")."""
+    micro, memory = config.batch.micro_sequences, config.memory
     return Training(
         sequence_length=config.data.sequence_length,
         micro_batch=micro,
         micro_batches=max(1, int(config.batch.sequences.peak) // micro),
-        precision="bf16" if compute == "bfloat16" else "fp32",
-        averaged_weights=config.optimizer.ema_decay is not None,
+        precision=PRECISIONS[compute],
+        bf16_moments=config.precision.moments == "bfloat16",
+        recomputation=memory.recomputation,
+        averaged_weights=config.optimizer.ema_decay is not None and not memory.offload_average,
     )
 
 
@@ -58,7 +63,7 @@ def plan_run(config: TrainConfig, device: Device) -> RunPlan:
         device=device,
         parameters=count_parameters(config.model),
         tokens=planned_tokens(config),
-        memory=training_memory(config.model, training, device=device),
+        memory=_on_device(training_memory(config.model, training, device=device), config),
         step=step_time(config.model, training, device),
     )
 
@@ -72,10 +77,31 @@ def require_room(config: TrainConfig, title: str, available_bytes: int) -> Train
     training = training_of(config, config.precision.compute)
     # Of a device, memory takes only what CUDA keeps for itself, the same on every GPU.
     like = find_device("cpu" if config.device == "cpu" else "h200")
-    device = replace(like, title=title, memory_bytes=available_bytes)
+    everything = training_memory(config.model, training, device=like)
+    elsewhere = everything.total - _on_device(everything, config).total
+    device = replace(like, title=title, memory_bytes=int(available_bytes + elsewhere))
     try:
-        # The trainer keeps all activations, so recomputation is no way out.
-        return require_fit(config.model, training, device, recomputations=("none",))
+        memory = require_fit(config.model, training, device, recomputations=("none", "up_projections", "layer"))
     except CapacityError as error:
-        options = "the options are --batch.micro_sequences, --data.sequence_length and --model.num_hidden_layers"
+        options = (
+            "the options are --batch.micro_sequences, --memory.recomputation, --data.sequence_length and "
+            "--model.num_hidden_layers"
+        )
         raise CapacityError(error.message, f"{error.hint}; {options}") from None
+    return _on_device(memory, config)
+
+
+def _on_device(memory: TrainingMemory, config: TrainConfig) -> TrainingMemory:
+    """`memory` without what the run keeps in the processor's."""
+    if not config.memory.offload_optimizer:
+        return memory
+    return replace(memory, lines=tuple(line for line in memory.lines if line.name not in ("moments", "master weights")))
+
+
+def compared(planned: TrainingMemory, measured_bytes: int) -> str:
+    """The highest allocation of a GPU beside the planned one, in words."""
+    gib = 2**30
+    return (
+        f"memory: {measured_bytes / gib:.2f} GiB allocated at the highest moment, {planned.allocated / gib:.2f} GiB "
+        f"planned ({measured_bytes / planned.allocated - 1:+.1%})"
+    )

@@ -18,6 +18,7 @@ from benthic.files import atomic_file
 from benthic.plan.devices import Device, find_device
 from benthic.plan.flops import training_flops_per_token
 from benthic.train.balance import max_violation
+from benthic.train.fit import PRECISIONS
 from benthic.train.step import Update
 
 
@@ -80,7 +81,7 @@ def peak_flops(device: torch.device, compute: str) -> float | None:
     if device.type != "cuda":
         return None
     found = _listed(torch.cuda.get_device_name(device))
-    return None if found is None else found.peak.get("bf16" if compute == "bfloat16" else "fp32")
+    return None if found is None else found.peak.get(PRECISIONS[compute])
 
 
 def _listed(name: str) -> Device | None:

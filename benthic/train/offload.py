@@ -75,6 +75,8 @@ class GpuLanes(Lanes):
         places, key = self._places[turn], (index, like.dtype)
         if key not in places:
             places[key] = torch.empty(PIECE, dtype=like.dtype, device=self._device)
+            # Its memory may have been something else's, which the computing stream has yet to finish with.
+            self._to.wait_stream(torch.cuda.current_stream(self._device))
         return places[key][: like.numel()]
 
     def finish(self) -> None:

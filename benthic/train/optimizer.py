@@ -18,7 +18,7 @@ from benthic.config.train import OptimizerConfig
 from benthic.errors import CheckpointError
 from benthic.model.language_model import LanguageModel
 from benthic.numerics.reference.adamw import Rule
-from benthic.ops.adamw import gradient_norm
+from benthic.ops.adamw import gradient_norms
 from benthic.train.adamw import FIRST, SECOND, OnePass, OnProcessor
 from benthic.train.offload import Lanes, lanes_of
 
@@ -77,14 +77,10 @@ class Optimizer:
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    def gradient_norm(self) -> Tensor:
-        """The joint norm of all gradients, a float32 scalar."""
-        return gradient_norm(list(self.gradients().values()))
-
-    def bad_gradients(self) -> list[str]:
-        """Names of parameters whose gradient holds a value that is not finite."""
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The norm of each gradient by name, float32 scalars on the device."""
         found = self.gradients()
-        return [name for name in self._parameters if name in found and not found[name].isfinite().all()]
+        return dict(zip(found, gradient_norms(list(found.values())).unbind(), strict=True))
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_norm: Tensor, finite: Tensor | None = None) -> None:
@@ -136,6 +132,11 @@ class Optimizer:
                 found[name] = moments[f"{FIRST}.{name}"], moments[f"{SECOND}.{name}"]
         self.updates = updates
         self._adamw.take_over(found, updates)
+
+
+def joint_norm(norms: Mapping[str, Tensor]) -> Tensor:
+    """The norm of all gradients together, from that of each."""
+    return torch.linalg.vector_norm(torch.stack(list(norms.values())))
 
 
 def _refuse_other_shape(

@@ -14,12 +14,16 @@ from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
 from benthic.model.room import available_bytes
+from benthic.plan.memory import TrainingMemory
 from benthic.train.export import Facts, export
-from benthic.train.fit import require_room
+from benthic.train.fit import compared, require_room
 from benthic.train.folder import RunFolder
 from benthic.train.progress import Lines, shown
 from benthic.train.signals import StopRequest, stop_requests
 from benthic.train.trainer import Trainer
+
+ASYNCHRONOUS = ("cuda",)
+"""Kinds of devices that work by themselves, and so can have the next update queued before this one is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
     loss or gradient that is not finite, CapacityError for a full disk.
     """
     config = resolved(config)
-    _check_room(config)
+    planned = _check_room(config)
     with RunFolder.open(Path(folder), config, resume) as place, stop_requests() as stop:
         trainer = Trainer(config, place)
         if resume:
@@ -53,6 +57,8 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
         began = time.monotonic()
         finished = _train(trainer, stop)
         seconds = time.monotonic() - began
+        if trainer.device.type == "cuda" and planned is not None:
+            logger.info("%s", compared(planned, torch.cuda.max_memory_allocated(trainer.device)))
         return Summary(
             folder=place.path,
             step=trainer.step,
@@ -96,16 +102,17 @@ def _say_which_auxiliary_loss(config: TrainConfig) -> None:
         )
 
 
-def _check_room(config: TrainConfig) -> None:
-    """Refuse what cannot fit before anything is written; say what was found otherwise."""
+def _check_room(config: TrainConfig) -> TrainingMemory | None:
+    """Refuse what cannot fit before anything is written; say and return what was planned otherwise."""
     device = torch.device(config.device)
     available = available_bytes(device)
     if available is None:
         logger.info("memory: this system does not tell how much is free, so nothing is checked")
-        return
+        return None
     title = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
     memory = require_room(config, title, available)
     logger.info("memory: %.2f GiB planned, %.1f GiB free on %s", memory.total / 2**30, available / 2**30, title)
+    return memory
 
 
 def _train(trainer: Trainer, stop: StopRequest) -> bool:
@@ -114,8 +121,9 @@ def _train(trainer: Trainer, stop: StopRequest) -> bool:
     with shown(config.steps, trainer.step) as display:
         trainer.announce(display)
         trainer.meter.start()
-        while trainer.step < config.steps and not stop.received:
-            trainer.make_update(display)
+        while trainer.step < config.steps and (trainer.launched or not stop.received):
+            ahead = trainer.device.type in ASYNCHRONOUS and not stop.received and not _pauses(config, trainer.step + 1)
+            trainer.make_update(display, ahead)
             paused = trainer.meter.pause()
             _between_updates(trainer, display)
             trainer.meter.unpause(paused)
@@ -126,6 +134,12 @@ def _train(trainer: Trainer, stop: StopRequest) -> bool:
             trainer.save()
         display.note(f"{stop.received.name}: saved step {trainer.step}; continue with --resume")
         return False
+
+
+def _pauses(config: TrainConfig, step: int) -> bool:
+    """Whether something is done with the model after update `step`."""
+    every = (config.evaluation.every, config.sampling.every, config.checkpoint.every)
+    return step == config.steps or any(step % each == 0 for each in every)
 
 
 def _between_updates(trainer: Trainer, display: Lines) -> None:

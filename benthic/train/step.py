@@ -22,7 +22,7 @@ from benthic.model.language_model import LanguageModel
 from benthic.train.balance import move_biases, scaled_speed
 from benthic.train.disk import publish_folder, write_tensors
 from benthic.train.loss import IGNORED, Losses, Scale, labels, losses
-from benthic.train.optimizer import Optimizer
+from benthic.train.optimizer import Optimizer, joint_norm
 from benthic.train.schedule import Place, value
 
 
@@ -60,20 +60,25 @@ class Launched:
     scale: Scale
     learning_rate: float
     parts: list[Losses]
+    norms: dict[str, Tensor]
+    finite: Tensor
     numbers: Tensor
     loads: dict[int, Tensor]
     batch: Batch
 
 
-def update(
-    model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig, failures: Path
-) -> Update:
-    """One update of `model` on `batch` ([B, S + 1] tokens), launched and awaited."""
-    return finish(launch(model, optimizer, batch, place, config), optimizer, failures)
+def launch(
+    model: LanguageModel,
+    optimizer: Optimizer,
+    batch: Batch,
+    place: Place,
+    config: TrainConfig,
+    before: Launched | None = None,
+) -> Launched:
+    """Enqueue an update on `batch`, which is the host's; nothing here waits for the device.
 
-
-def launch(model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Place, config: TrainConfig) -> Launched:
-    """Enqueue an update on `batch`, which is the host's; nothing here waits for the device."""
+    `before` is an update that has not been finished yet: where it fails, this one changes nothing either.
+    """
     masked = config.data.mask_documents
     scale = Scale(int((labels(batch, 0, masked) != IGNORED).sum()), len(batch.tokens))
     weight = value(config.prediction.weight, place)
@@ -84,9 +89,11 @@ def launch(model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Plac
         part.total.backward()
         part.total = part.total.detach()
         parts.append(part)
-    norm = optimizer.gradient_norm()
-    total = torch.stack([part.total for part in parts]).sum()
-    finite = norm.isfinite() & total.isfinite()
+    norms = optimizer.gradient_norms()
+    norm = joint_norm(norms)
+    finite = norm.isfinite() & torch.stack([part.total for part in parts]).sum().isfinite()
+    if before is not None:
+        finite &= before.finite
     learning_rate = value(config.optimizer.learning_rate, place)
     optimizer.step(learning_rate, norm, finite)
     loads = {layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads}
@@ -94,12 +101,12 @@ def launch(model: LanguageModel, optimizer: Optimizer, batch: Batch, place: Plac
     speed = scaled_speed(value(balance.speed, place), tokens, balance.reference_tokens)
     # Loads of zero are even loads: where the update must not happen, no bias moves.
     move_biases(routing_biases(model), {layer: load * finite for layer, load in loads.items()}, balance, speed)
-    recorded = [sum(getattr(part, name) for part in parts) for name in ("main", "prediction", "balance")]
-    numbers = torch.stack([*recorded, norm, finite.float()])
-    return Launched(place, scale, learning_rate, parts, numbers, loads, batch)
+    recorded = torch.stack([torch.stack((part.main, part.prediction, part.balance)) for part in parts]).sum(0)
+    numbers = torch.cat((recorded, torch.stack((norm, finite.float()))))
+    return Launched(place, scale, learning_rate, parts, norms, finite, numbers, loads, batch)
 
 
-def finish(launched: Launched, optimizer: Optimizer, failures: Path) -> Update:
+def finish(launched: Launched, failures: Path) -> Update:
     """Wait for an update and say what it saw.
 
     Raises NumericsError when the loss or the gradient was not finite: nothing has changed then, and the batch is left
@@ -117,7 +124,7 @@ def finish(launched: Launched, optimizer: Optimizer, failures: Path) -> Update:
         loads=launched.loads,
     )
     if not finite:
-        raise _not_finite(result, launched.parts, optimizer, launched.batch, failures)
+        raise _not_finite(result, launched, failures)
     return result
 
 
@@ -129,11 +136,10 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(tokens, documents)
 
 
-def _not_finite(
-    result: Update, parts: list[Losses], optimizer: Optimizer, batch: Batch, failures: Path
-) -> NumericsError:
-    bad_parameters = optimizer.bad_gradients()
-    bad_parts = [index for index, part in enumerate(parts) if not part.total.isfinite()]
+def _not_finite(result: Update, launched: Launched, failures: Path) -> NumericsError:
+    batch = launched.batch
+    bad_parameters = [name for name, norm in launched.norms.items() if not norm.isfinite()]
+    bad_parts = [index for index, part in enumerate(launched.parts) if not part.total.isfinite()]
     facts = {
         "step": result.step,
         "learning_rate": result.learning_rate,

@@ -20,16 +20,15 @@ from benthic.model.language_model import LanguageModel
 from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
-from benthic.train.feed import Feed
 from benthic.train.folder import RunFolder
 from benthic.train.metrics import Meter, write_loads
 from benthic.train.optimizer import Optimizer
 from benthic.train.progress import Lines
 from benthic.train.recomputation import recompute
 from benthic.train.sample import complete
-from benthic.train.schedule import Place
+from benthic.train.schedule import Place, sequences_at
 from benthic.train.state import Progress, State, complete_states, read_state, save_state
-from benthic.train.step import finish, launch, on_device, routing_biases
+from benthic.train.step import Launched, finish, launch, on_device, routing_biases
 
 
 class Trainer:
@@ -41,7 +40,7 @@ class Trainer:
         self.device = torch.device(config.device)
         self.corpus = prepare(config.data, folder.data)
         self.tokenizer = self.corpus.tokenizer
-        self.feed = Feed(Loader(self.corpus.train, config.data.sequence_length, config.data.seed), config)
+        self.loader = Loader(self.corpus.train, config.data.sequence_length, config.data.seed)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, but model.vocab_size is "
@@ -63,6 +62,7 @@ class Trainer:
         self.average = self._average()
         self.meter = Meter(config.model, config.data.sequence_length, self.device, config.precision.compute)
         self.step = self.tokens = 0
+        self.launched: Launched | None = None
         self.saved: int | None = None
         self.best: dict[str, Any] = {}
         self.validation: dict[str, Any] = {}
@@ -109,18 +109,16 @@ class Trainer:
             f"{self.corpus.train.facts.tokens:,} training tokens from {self.corpus.manifest.source}"
         )
 
-    def make_update(self, display: Lines) -> None:
-        """One update, counted, shown and, on its turn, logged."""
-        place = Place(self.step + 1, self.tokens, self.config.steps)
-        batch = self.feed.next_batch(place)
-        launched = launch(self.model, self.optimizer, batch, place, self.config)
-        tokens = self.tokens + batch.tokens[:, 1:].numel()
-        # A GPU is still working on this batch.
-        self.feed.read_ahead(Place(place.step + 1, tokens, self.config.steps))
-        done = finish(launched, self.optimizer, self.folder.failures)
-        self.step, self.tokens = done.step, tokens
-        if self.average is not None:
-            self.average.update(self.weights(), self.step)
+    def make_update(self, display: Lines, ahead: bool) -> None:
+        """One update, counted, shown and, on its turn, logged.
+
+        With `ahead` the next one is launched before this one is waited for, so that a GPU never stands idle; for when
+        nothing looks at the model in between. It is `launched`, and what the next call waits for.
+        """
+        launched = self.launched or self._launch(None)
+        self.launched = self._launch(launched) if ahead else None
+        done = finish(launched, self.folder.failures)
+        self.step, self.tokens = done.step, _tokens_after(launched)
         self.meter.count(done)
         display.updated(done, self.meter.tokens_per_second)
         logging, last = self.config.logging, self.step == self.config.steps
@@ -130,6 +128,17 @@ class Trainer:
             display.row(row)
         if done.loads and (self.step % logging.routing_every == 0 or last):
             write_loads(self.folder.routing, done)
+
+    def _launch(self, before: Launched | None) -> Launched:
+        """The update after `before`, which may still be computed, or after the last one."""
+        step, tokens = (self.step, self.tokens) if before is None else (before.place.step, _tokens_after(before))
+        place = Place(step + 1, tokens, self.config.steps)
+        sizes = self.config.batch
+        batch = self.loader.next_batch(sequences_at(sizes.sequences, sizes.micro_sequences, place))
+        launched = launch(self.model, self.optimizer, batch, place, self.config, before)
+        if self.average is not None:
+            self.average.update(self.weights(), place.step)
+        return launched
 
     def validate(self, display: Lines, max_tokens: int | None) -> None:
         """Measure on held-out text and add a validation row."""
@@ -187,7 +196,7 @@ class Trainer:
         progress = Progress(
             step=self.step,
             tokens=self.tokens,
-            loader=self.feed.state,
+            loader=self.loader.state_dict(),
             best=self.best,
             validation=self.validation,
             corpus=self.corpus.manifest.key,
@@ -221,12 +230,17 @@ class Trainer:
             )
         self.step = self.saved = progress.step
         self.tokens, self.best, self.validation = progress.tokens, progress.best, progress.validation
-        self.feed.restore(progress.loader)
+        self.loader.load_state_dict(progress.loader)
         self.optimizer.load(state.weights, state.moments, progress.step)
         for layer, bias in self.biases.items():
             bias.copy_(state.weights[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"])
         if self.average is not None:
             self.average.load(state.average or state.weights)
+
+
+def _tokens_after(launched: Launched) -> int:
+    """Tokens the run has trained on with this update."""
+    return launched.place.tokens + launched.batch.tokens[:, 1:].numel()
 
 
 def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: str) -> None:

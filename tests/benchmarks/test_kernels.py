@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +109,22 @@ def test_a_subject_that_raises_is_a_row_and_the_others_go_on():
     assert row["subjects"]["quick"] == {"error": "RuntimeError: no kernel image"}
     assert row["subjects"]["benthic"]["seconds"] == 2e-3
     assert kernels.failures({"cases": [row]}) == []
+
+
+def test_a_topic_that_dies_or_never_ends_keeps_its_rows_and_says_so(monkeypatch):
+    def process(command, timeout, **options):
+        topic, path = command[3], Path(command[5])
+        path.write_text(json.dumps({"topic": topic, "limits": None, "cases": [{"operation": "add"}]}))
+        if topic == "hangs":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode=-6)
+
+    monkeypatch.setattr(subprocess, "run", process)
+    options = kernels.Options(topic_seconds=9)
+    assert [row.get("error") for row in kernels._in_process("dies", options)["cases"]] == [
+        None, "its process ended with code -6"
+    ]  # fmt: skip
+    assert kernels._in_process("hangs", options)["cases"][1]["error"] == "stopped after 9 s"
 
 
 @pytest.fixture

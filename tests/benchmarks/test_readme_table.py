@@ -67,6 +67,18 @@ def test_kernels_stand_beside_their_fastest_peer_or_the_limit(results):
     assert "| 1,000 TFLOP/s (90% of the limit) | limit: 1,111 TFLOP/s | 0.90 |" in rows[1]
 
 
+def test_losses_in_fp8_stand_beside_bf16_s(results):
+    apart = {"mean_difference_of_last_tenth_percent": -0.1234}
+    summary = {
+        "bfloat16": {"updates": 1100, "last_smoothed_loss": 2.5},
+        "float8": {"updates": 1100, "last_smoothed_loss": 2.501} | apart,
+    }
+    (row,) = results("fp8_loss", {"machine": MACHINE, "gpu": "NVIDIA H200", "summary": summary})
+    assert row.startswith(
+        "| loss after 1,100 updates of 0.56 B parameters in FP8 | 2.5010 | bf16: 2.5000 | -0.123% over"
+    )
+
+
 def test_results_that_are_not_there_yet_leave_no_row(results):
     assert readme_table.headlines() == "\n".join(readme_table.HEADER)
 

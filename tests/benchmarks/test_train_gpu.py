@@ -55,7 +55,7 @@ def test_the_bench_model_is_the_one_that_is_told():
 def test_every_arm_is_a_run_that_fits_the_gpu(name):
     arm = ARMS[name]
     config = train_config(arm)
-    assert config.batch.micro_sequences == 4
+    assert config.batch.micro_sequences == arm.batch == (8 if arm.model == "v3" else 4)
     assert config.data.sequence_length == 4096
     assert not config.data.mask_documents
     assert training_memory(model_config(arm.model), planned(arm)).total < 139 * 2**30

@@ -39,6 +39,14 @@ def test_losses_and_gradients_equal_those_of_torch(count, columns, dtype, device
     assert not logits[targets == IGNORED].any()
 
 
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_blocks_may_be_smaller_and_taken_several_at_once(unroll, device):
+    logits, targets = rows(3, 700, device=device)
+    expected = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+    found = kernels.cross_entropy_(logits, targets, 1.0, largest_block=128, unroll=unroll)
+    assert_close(found, expected, "operation_fp32")
+
+
 def test_without_gradient_the_logits_stay(device):
     logits, targets = rows(5, 300, device=device)
     before = logits.clone()
@@ -124,3 +132,19 @@ def test_the_weights_gradient_is_adopted_and_not_copied(device):
     written = loss.grad_fn.gradients[1].data_ptr()
     loss.backward()
     assert weight.grad.data_ptr() == written
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="products of bfloat16 into float32 are a GPU's")
+@pytest.mark.parametrize("block", [1 << 31, 64 * 200])
+def test_a_bfloat16_head_in_blocks_adds_up_in_float32(block, monkeypatch):
+    monkeypatch.setitem(head._BLOCK_ELEMENTS, "cuda", block)
+    stream = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 64, generator=stream).cuda().bfloat16().requires_grad_()
+    weight = (torch.randn(200, 64, generator=stream) / 8).cuda().bfloat16().requires_grad_()
+    targets = torch.randint(0, 200, (300,), generator=stream).cuda()
+    loss, _ = head.linear_cross_entropy(hidden, weight, targets, 300)
+    expected = F.cross_entropy(hidden.float() @ weight.float().T, targets)
+    assert_close(loss, expected, "operation_bf16")
+    ours = torch.autograd.grad(loss, (hidden, weight))
+    for a, b in zip(ours, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert (a.float() - b.float()).norm() < 0.01 * b.float().norm()

@@ -34,10 +34,11 @@ def test_taking_no_rows_is_fine(device):
 
 
 @needs_hopper
+@pytest.mark.parametrize("tiles", [1, 4])
 @pytest.mark.parametrize("taking", [False, True])
 @pytest.mark.parametrize("columns", [16, 208, 720])
 @pytest.mark.parametrize("sizes", [[300, 0, 1, 127, 129, 0], [0, 0, 5], [128, 256], [1000], [3] * 100])
-def test_columns_of_ragged_groups_equal_the_reference(sizes, columns, taking, device):
+def test_columns_of_ragged_groups_equal_the_reference(sizes, columns, taking, tiles, device):
     ends = torch.tensor(sizes).cumsum(0).int().to(device)
     rows = sum(sizes)
     tokens = None
@@ -45,12 +46,18 @@ def test_columns_of_ragged_groups_equal_the_reference(sizes, columns, taking, de
         tokens = torch.randint(0, max(rows // 3, 1), (rows,), generator=torch.Generator().manual_seed(1)).to(device)
         rows = max(rows // 3, 1)
     quantised = plain.quantise_rows(random_matrix(rows, columns, device=device), power_of_two=True)
-    values, scales = kernels.retile_columns(*quantised, ends, tokens)
+    values, scales = kernels.retile_columns(*quantised, ends, tokens, tiles)
     expected_values, expected_scales = reference.retile_columns(*quantised, ends, tokens)
     used = ~expected_scales[:, 0].isnan()
     assert torch.equal(scales[used], expected_scales[used])
     inside = used.repeat_interleave(128)
     assert_same_fp8(values[:, inside], expected_values[:, inside])
+
+
+def test_an_odd_number_of_tiles_is_refused(device):
+    quantised = plain.quantise_rows(torch.ones(3, 128, device=device), power_of_two=True)
+    with pytest.raises(ValueError, match="tiles must be 1 or even, not 3"):
+        kernels.retile_columns(*quantised, torch.tensor([3], dtype=torch.int32, device=device), tiles=3)
 
 
 def test_retiling_keeps_what_one_scale_can_hold():
@@ -61,3 +68,17 @@ def test_retiling_keeps_what_one_scale_can_hold():
     columns, column_scales = reference.retile_columns(values, scales, torch.tensor([256], dtype=torch.int32))
     restored = plain.dequantise_rows(columns[:, :256], column_scales[:2]).T
     assert torch.equal(restored, plain.dequantise_rows(values, scales))
+
+
+@pytest.mark.parametrize("uneven", [0, 2])
+def test_retiling_is_as_near_as_quantising_the_original_by_powers_of_two(uneven):
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.exp(uneven * torch.randn(1000, 1, generator=generator))
+    x, ends = torch.randn(1000, 256, generator=generator) * sizes, torch.tensor([1000], dtype=torch.int32)
+
+    def error(columns: tuple[torch.Tensor, torch.Tensor]) -> float:
+        restored = plain.dequantise_rows(*columns)[:, :1000].T
+        return float((restored - x).norm() / x.norm())
+
+    retiled = error(reference.retile_columns(*plain.quantise_rows(x, power_of_two=True), ends))
+    assert retiled == pytest.approx(error(plain.quantise_columns(x, ends, power_of_two=True)), rel=1e-3)

@@ -14,6 +14,7 @@ from benthic.model.cache import Cache
 from benthic.model.float8 import Float8ExpertLayer, Float8Linear, Float8OutputLinear, WeightCopies, use_float8
 from benthic.model.initialisation import initialise
 from benthic.ops import float8
+from benthic.train.recomputation import recompute
 from tests.model.configs import tiny
 
 SMALL = ModelConfig(
@@ -87,6 +88,20 @@ def test_a_resumed_run_goes_on_bit_by_bit():
     resumed.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
     resumed.stream.set_state(run.stream.get_state())
     assert [run.update() for _ in range(3)] == [resumed.update() for _ in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["up_projections", "layer"])
+def test_what_is_computed_again_changes_no_bit(kind):
+    gradients = []
+    for chosen in ("none", kind):
+        trained = model(True)
+        recompute(trained, chosen)
+        states = trained.states(torch.arange(24).view(2, 12), num_predictions=1)
+        (states.hidden.float().square().sum() + states.predictions[0].float().sum()).backward()
+        gradients.append({name: weight.grad for name, weight in trained.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            assert torch.equal(gradient, gradients[1][name]), name
 
 
 def test_names_parameters_and_state_stay(tmp_path):

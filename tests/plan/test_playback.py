@@ -26,7 +26,7 @@ from benthic.plan.memory import training_memory
 from benthic.plan.playback import Playback
 from benthic.plan.training import RECOMPUTATIONS, Training
 from benthic.train.loss import Scale, losses
-from benthic.train.optimizer import Optimizer
+from benthic.train.optimizer import Optimizer, joint_norm
 from tests.plan.configs import configs
 from tests.plan.gpu_path import LATENT, PLAIN, take_gpu_path
 
@@ -105,4 +105,4 @@ def _step(model: LanguageModel, optimizer: Optimizer, tokens: torch.Tensor, trai
     scale = Scale(tokens[:, 1:].numel(), len(tokens))
     for rows in tokens.split(training.micro_batch):
         losses(model, Batch(rows, torch.zeros_like(rows)), scale, False, 0.3, BalanceConfig()).total.backward()
-    optimizer.step(1e-4, optimizer.gradient_norm())
+    optimizer.step(1e-4, joint_norm(optimizer.gradient_norms()))

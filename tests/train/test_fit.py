@@ -6,7 +6,7 @@ from benthic.errors import CapacityError
 from benthic.plan.devices import find_device
 from benthic.plan.flops import training_flops_per_token
 from benthic.recipes import find_recipe
-from benthic.train.fit import plan_run, require_room, training_of
+from benthic.train.fit import compared, plan_run, require_room, training_of
 
 CONFIG = find_recipe("tiny")().replace(device="cpu", precision={"compute": "float32"})
 GIB = 2**30
@@ -50,3 +50,35 @@ def test_what_fits_passes_and_what_does_not_names_the_largest_that_does():
     suggested = int(text.split("micro-batches of ")[1].split(",")[0])
     smaller = CONFIG.batch.replace(sequences=suggested, micro_sequences=suggested)
     require_room(CONFIG.replace(batch=smaller), "a small machine", int(needed * 0.95))
+
+
+def test_what_a_run_gives_for_memory_reaches_the_planner():
+    memory = {"recomputation": "up_projections", "offload_average": True}
+    config = CONFIG.replace(
+        device="cuda",
+        memory=memory,
+        optimizer={"ema_decay": 0.9},
+        precision={"compute": "float8", "moments": "bfloat16"},
+    )
+    training = training_of(config, "float8")
+    assert (training.precision, training.recomputation) == ("fp8", "up_projections")
+    assert training.bf16_moments
+    assert not training.averaged_weights
+
+
+def test_moments_and_masters_kept_elsewhere_take_no_room():
+    config = CONFIG.replace(device="cuda", precision={"compute": "bfloat16"})
+    away = config.replace(memory={"offload_optimizer": True})
+    everything, rest = (require_room(one, "a GPU", 64 * GIB) for one in (config, away))
+    count = plan_run(config, find_device("h200")).parameters
+    assert everything.total - rest.total == pytest.approx(12 * (count.total + count.mtp_unique), rel=1e-4)
+    require_room(away, "a small GPU", int(rest.total) + 1)
+    with pytest.raises(CapacityError):
+        require_room(config, "a small GPU", int(rest.total) + 1)
+
+
+def test_the_plan_is_set_beside_what_was_measured():
+    planned = require_room(CONFIG, "a large machine", 64 * GIB)
+    said = compared(planned, int(planned.allocated * 1.5))
+    assert "allocated at the highest moment" in said
+    assert said.endswith("planned (+50.0%)")

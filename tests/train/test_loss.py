@@ -13,7 +13,7 @@ from benthic.model.language_model import LanguageModel
 from benthic.train.loss import IGNORED, Scale, labels, losses
 from benthic.train.optimizer import Optimizer
 from benthic.train.schedule import Place
-from benthic.train.step import micro_batches, update
+from benthic.train.step import finish, launch, micro_batches
 from tests.train.small import small_model, small_run
 
 LENGTH = 12
@@ -115,7 +115,7 @@ def test_an_update_is_the_same_in_micro_batches_loads_included(tmp_path: Path):
         adam = OptimizerConfig(learning_rate=1e-3, epsilon=1e-2)
         config = small_run(batch=BatchConfig(sequences=4, micro_sequences=size), optimizer=adam)
         optimizer = Optimizer(model, config.optimizer)
-        done = update(model, optimizer, random_batch(), Place(4, 0, 12), config, tmp_path)
+        done = finish(launch(model, optimizer, random_batch(), Place(4, 0, 12), config), tmp_path)
         results.append((done, model.state_dict()))
     (one, weights), (other, others) = results
     assert {layer: load.tolist() for layer, load in one.loads.items()} == {
@@ -128,7 +128,7 @@ def test_an_update_is_the_same_in_micro_batches_loads_included(tmp_path: Path):
         torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-6, msg=name)
 
 
-def test_recomputation_in_the_backward_pass_counts_no_load_twice(tmp_path: Path):
+def test_recomputation_in_the_backward_pass_counts_no_load_twice():
     from torch.utils.checkpoint import checkpoint
 
     plain, recomputed = small(), small()
@@ -136,7 +136,7 @@ def test_recomputation_in_the_backward_pass_counts_no_load_twice(tmp_path: Path)
         layer.forward = _recomputing(layer.forward, checkpoint)
     config = small_run()
     counts = [
-        update(model, Optimizer(model, config.optimizer), random_batch(), Place(1, 0, 12), config, tmp_path).loads
+        launch(model, Optimizer(model, config.optimizer), random_batch(), Place(1, 0, 12), config).loads
         for model in (plain, recomputed)
     ]
     assert counts[0][1].tolist() == counts[1][1].tolist()

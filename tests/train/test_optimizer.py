@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from benthic.config.train import OptimizerConfig
+from benthic.config.train import OptimizerConfig, PrecisionConfig
 from benthic.errors import CheckpointError, ConfigError
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
-from benthic.train.ema import Average
-from benthic.train.optimizer import Optimizer
-from tests.train.small import small_model
+from benthic.train.ema import Average, OffloadedAverage
+from benthic.train.offload import Lanes
+from benthic.train.optimizer import Optimizer, joint_norm
+from tests.train.small import small_model, small_run
 
 MATRIX = "model.layers.0.self_attn.o_proj.weight"
 GAIN = "model.norm.weight"
@@ -34,7 +35,7 @@ def test_two_updates_follow_the_formula_with_decay_on_matrices_alone():
     for count in (1, 2):
         set_gradients(model, 1.0, count)
         gradients = {name: one.grad.double().clone() for name, one in model.named_parameters()}
-        optimizer.step(0.01, optimizer.gradient_norm())
+        optimizer.step(0.01, joint_norm(optimizer.gradient_norms()))
         for name in (MATRIX, GAIN, "model.embed_tokens.weight", "lm_head.weight"):
             first[name] = 0.9 * first[name] + 0.1 * gradients[name]
             second[name] = 0.95 * second[name] + 0.05 * gradients[name] ** 2
@@ -49,7 +50,7 @@ def test_moonlights_groups_decay_norm_gains_too():
     for groups in (("matrix", "embedding"), ("matrix", "embedding", "gain")):
         model, optimizer = build(decayed_groups=groups)
         set_gradients(model, 0.0)
-        optimizer.step(0.5, optimizer.gradient_norm())
+        optimizer.step(0.5, joint_norm(optimizer.gradient_norms()))
         moved.append((model.get_parameter(GAIN)[0].item(), model.get_parameter(MATRIX).norm().item()))
     assert moved[0][0] == 1.0
     assert moved[1][0] == pytest.approx(0.95)
@@ -65,7 +66,7 @@ def test_gradients_are_scaled_to_the_clip_norm_and_the_norm_is_that_before():
     model, optimizer = build(clip_norm=1.0)
     set_gradients(model, 3.0)
     expected = torch.stack([one.grad.norm() for one in model.parameters()]).norm()
-    norm = optimizer.gradient_norm()
+    norm = joint_norm(optimizer.gradient_norms())
     optimizer.step(0.0, norm)
     after = torch.stack([one.grad.norm() for one in model.parameters()]).norm()
     assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -82,7 +83,7 @@ def test_a_bfloat16_model_adds_up_gradients_and_steps_in_float32():
     assert optimizer.gradients()[MATRIX].unique().tolist() == [300 * 2.0**-9]
     start = optimizer.masters[MATRIX].clone()
     for _ in range(3):
-        optimizer.step(1e-6, optimizer.gradient_norm())
+        optimizer.step(1e-6, joint_norm(optimizer.gradient_norms()))
     # Steps far below a bfloat16's spacing stay in the master.
     assert (optimizer.masters[MATRIX] - start).abs().min() > 2e-6
     assert torch.equal(weight, optimizer.masters[MATRIX].bfloat16())
@@ -101,7 +102,7 @@ def test_moments_and_masters_that_are_taken_over_continue_bit_for_bit():
             optimizer.zero_gradients()
             for name, parameter in model.named_parameters():
                 (parameter.float() * torch.sin(optimizer.masters[name] * (count + 1) + len(name))).sum().backward()
-            optimizer.step(1e-2, optimizer.gradient_norm())
+            optimizer.step(1e-2, joint_norm(optimizer.gradient_norms()))
         results.append(optimizer.masters)
     for name, master in results[0].items():
         assert torch.equal(master, results[1][name]), name
@@ -113,11 +114,13 @@ def test_missing_weights_are_named():
         optimizer.load({name: one for name, one in optimizer.masters.items() if name != "lm_head.weight"}, {}, 0)
 
 
-def test_parameters_with_a_gradient_that_is_not_finite_are_named():
+def test_a_gradient_that_is_not_finite_shows_in_its_own_norm_and_the_joint_one():
     model, optimizer = build()
     set_gradients(model, 1.0)
     model.get_parameter(MATRIX).grad[0, 0] = float("nan")
-    assert optimizer.bad_gradients() == [MATRIX]
+    norms = optimizer.gradient_norms()
+    assert [name for name, norm in norms.items() if not norm.isfinite()] == [MATRIX]
+    assert not joint_norm(norms).isfinite()
 
 
 def test_the_average_follows_its_formula_and_is_gone_after_use():
@@ -145,3 +148,104 @@ def test_saved_tensors_of_another_model_or_without_moments_are_refused():
         optimizer.load(masters, moment, 3)
     with pytest.raises(CheckpointError, match=r"the saved weight of model.norm.weight is \[7\]; the config makes it"):
         optimizer.load(masters | {GAIN: torch.ones(7)}, moment, 3)
+
+
+def narrow(offload=False, **settings):
+    """A bfloat16 model with bfloat16 moments: on a processor the way of a GPU, by the reference."""
+    model = LanguageModel(small_model(), dtype=torch.bfloat16)
+    initialise(model, 0)
+    return model, Optimizer(model, OptimizerConfig(**settings), "bfloat16", offload)
+
+
+def backward(model, count):
+    for name, parameter in model.named_parameters():
+        (parameter.float() * torch.sin(parameter.detach().float() * (count + 1) + len(name))).sum().backward()
+
+
+def test_a_lone_gradient_stays_as_it_was_written_and_a_second_makes_a_float32_sum():
+    model, optimizer = narrow()
+    weight = model.get_parameter(MATRIX)
+    (weight.sum() * 2.0**-9).backward()
+    assert optimizer.gradients()[MATRIX].dtype == torch.bfloat16
+    for _ in range(299):
+        (weight.sum() * 2.0**-9).backward()
+    assert optimizer.gradients()[MATRIX].dtype == torch.float32
+    assert optimizer.gradients()[MATRIX].unique().tolist() == [300 * 2.0**-9]
+    assert joint_norm(optimizer.gradient_norms()).item() == pytest.approx(300 * 2.0**-9 * weight.numel() ** 0.5)
+
+
+def test_bfloat16_moments_train_like_float32_ones():
+    ends = []
+    for moments in ("float32", "bfloat16"):
+        model = LanguageModel(small_model())
+        initialise(model, 0)
+        optimizer = Optimizer(model, OptimizerConfig(), moments)
+        for count in range(8):
+            optimizer.zero_gradients()
+            backward(model, count)
+            optimizer.step(1e-3, joint_norm(optimizer.gradient_norms()))
+        assert {one.dtype for one in optimizer.moments().values()} == {getattr(torch, moments)}
+        ends.append(model.get_parameter(MATRIX).detach())
+    start = LanguageModel(small_model())
+    initialise(start, 0)
+    moved = (ends[0] - start.get_parameter(MATRIX)).norm()
+    assert (ends[0] - ends[1]).norm() < 0.01 * moved
+
+
+def test_nothing_changes_where_the_flag_says_so():
+    for moments in ("float32", "bfloat16"):
+        model = LanguageModel(small_model())
+        initialise(model, 0)
+        optimizer = Optimizer(model, OptimizerConfig(), moments)
+        backward(model, 0)
+        optimizer.step(1e-3, joint_norm(optimizer.gradient_norms()))
+        before = {name: one.clone() for name, one in (optimizer.moments() | optimizer.masters).items()}
+        optimizer.step(1e-3, joint_norm(optimizer.gradient_norms()), torch.tensor(False))
+        for name, one in (optimizer.moments() | optimizer.masters).items():
+            assert torch.equal(one, before[name]), name
+
+
+def test_moments_and_masters_kept_elsewhere_come_to_the_same_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(Lanes.pieces, "__defaults__", (100,))
+    ends = []
+    for offload in (False, True):
+        model, optimizer = narrow(offload)
+        for count in range(3):
+            optimizer.zero_gradients()
+            backward(model, count)
+            optimizer.step(1e-2, joint_norm(optimizer.gradient_norms()))
+        ends.append(optimizer.masters | optimizer.moments() | dict(model.named_parameters()))
+    for name, one in ends[0].items():
+        assert torch.equal(one, ends[1][name]), name
+
+
+def test_an_average_kept_elsewhere_comes_to_the_same_bit_for_bit():
+    model, _ = build()
+    weights = dict(model.named_parameters())
+    here, elsewhere = Average(weights, 0.9), OffloadedAverage(weights, 0.9)
+    for count in range(1, 5):
+        elsewhere.let_go()
+        with torch.no_grad():
+            for one in weights.values():
+                one.add_(torch.sin(one * count))
+        here.update(weights, count)
+        elsewhere.update(weights, count)
+    for name, one in here.tensors.items():
+        assert torch.equal(one, elsewhere.tensors[name]), name
+
+
+def test_moments_that_bfloat16_would_hold_still_are_refused():
+    with pytest.raises(ConfigError, match=r"optimizer.beta2 is 0.999; moments in bfloat16 need at most 0.996094"):
+        small_run(optimizer=OptimizerConfig(beta2=0.999), precision=PrecisionConfig(moments="bfloat16"))
+    small_run(optimizer=OptimizerConfig(beta2=0.999))
+
+
+@pytest.mark.parametrize("name", ["offload_average", "offload_optimizer"])
+def test_a_processor_has_nothing_to_move_away(name):
+    with pytest.raises(ConfigError, match=f"memory.{name} moves things from a GPU to the processor, and device is cpu"):
+        small_run(memory={name: True})
+
+
+def test_an_average_that_is_not_kept_cannot_be_moved():
+    with pytest.raises(ConfigError, match=r"memory\.offload_average needs optimizer\.ema_decay"):
+        small_run(device="cuda", optimizer=OptimizerConfig(), memory={"offload_average": True})

@@ -10,6 +10,7 @@ import torch
 from benthic.config.train import BalanceConfig
 from benthic.data import Batch
 from benthic.model.attention import Span
+from benthic.model.float8 import use_float8
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
 from benthic.ops import recomputation
@@ -22,9 +23,11 @@ KINDS = ("none", "up_projections", "layer")
 MODELS = {"latent": {}, "no query latent": {"q_lora_rank": None}, "halves": {"rope_interleave": False}}
 
 
-def build(kind, dtype=torch.float32, **changes):
-    model = LanguageModel(small_model(**changes), dtype=dtype)
+def build(kind, compute="float32", **changes):
+    model = LanguageModel(small_model(**changes), dtype=torch.float32 if compute == "float32" else torch.bfloat16)
     initialise(model, 0)
+    if compute == "float8":
+        use_float8(model)
     recompute(model, kind)
     return model
 
@@ -41,11 +44,11 @@ def step(model):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "float8"])
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("name", [*MODELS])
-def test_losses_loads_and_gradients_are_the_same_bit_for_bit(name, kind, dtype):
-    plain, again = build("none", dtype, **MODELS[name]), build(kind, dtype, **MODELS[name])
+def test_losses_loads_and_gradients_are_the_same_bit_for_bit(name, kind, compute):
+    plain, again = build("none", compute, **MODELS[name]), build(kind, compute, **MODELS[name])
     expected, found = step(plain), step(again)
     assert torch.equal(found.total, expected.total)
     assert {layer: load.tolist() for layer, load in found.loads.items()} == {

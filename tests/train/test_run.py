@@ -188,6 +188,29 @@ def test_a_run_outside_the_main_thread_needs_no_signals(tmp_path):
     assert ends[0].step == 2
 
 
+@pytest.fixture
+def runs_ahead(monkeypatch):
+    """Launch the next update before the last one is waited for, as on a GPU."""
+    monkeypatch.setattr("benthic.train.run.ASYNCHRONOUS", ("cpu",))
+
+
+def test_a_run_ahead_of_its_updates_is_the_same_run(tmp_path, runs_ahead):
+    ahead, plain = tmp_path / "ahead", tmp_path / "plain"
+    run(small_run(), ahead)
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr("benthic.train.run.ASYNCHRONOUS", ())
+        run(small_run(), plain)
+    kept = [path.relative_to(plain) for path in plain.rglob("*.safetensors")]
+    assert len(kept) > 4
+    for name in kept:
+        assert (ahead / name).read_bytes() == (plain / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_an_update_launched_behind_one_that_fails_changes_nothing(tmp_path, monkeypatch, broken, runs_ahead):
+    test_a_value_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path, monkeypatch, broken)
+
+
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_value_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path, monkeypatch, broken):
     real = step.losses
@@ -209,7 +232,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(
     folder = tmp_path / "run" / "failures" / "step-00000004"
     assert str(folder) in caught.value.hint
     kept = load_file(folder / "batch.safetensors")
-    assert torch.equal(kept["tokens"][2:], calls[-1].tokens)
+    assert torch.equal(kept["tokens"][2:], calls[7].tokens)
     report = json.loads((folder / "report.json").read_text())
     assert report["step"] == 4
     assert report["micro_batches_with_bad_loss"] == ([1] if broken == "loss" else [])
@@ -275,6 +298,45 @@ def test_bfloat16_with_float32_masters_learns(tmp_path):
     master = weights["weights/model.layers.0.mlp.up_proj.weight"]
     assert master.dtype == torch.float32
     assert not torch.equal(master, master.bfloat16().float())
+
+
+NARROW = {"compute": "bfloat16", "moments": "bfloat16"}
+
+
+def test_a_bfloat16_run_with_bfloat16_moments_continues_bit_for_bit(tmp_path):
+    config = small_run(steps=7, precision=NARROW, memory={"recomputation": "up_projections"})
+    run(config, tmp_path / "whole")
+    run(config.replace(steps=4), tmp_path / "run")
+    run(config, tmp_path / "run", resume=True)
+    (tensors, numbers), (others, other_numbers) = final_state(tmp_path / "whole"), final_state(tmp_path / "run")
+    assert numbers["loader"] == other_numbers["loader"] == numbers["loader"] | {"position": 7 * 4}
+    assert {one.dtype for name, one in tensors.items() if name.startswith("moments/")} == {torch.bfloat16}
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def test_a_float8_run_continues_bit_for_bit(tmp_path):
+    config = small_run(
+        steps=3,
+        precision={"compute": "float8", "moments": "bfloat16"},
+        evaluation=EvaluationConfig(every=100, final_max_tokens=50),
+    )
+    run(config, tmp_path / "whole")
+    run(config.replace(steps=2), tmp_path / "run")
+    run(config, tmp_path / "run", resume=True)
+    (tensors, _), (others, _) = final_state(tmp_path / "whole"), final_state(tmp_path / "run")
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def test_recomputation_may_change_on_resume(tmp_path):
+    run(small_run(steps=4), tmp_path / "run")
+    config = small_run(steps=7, memory={"recomputation": "layer"})
+    run(config, tmp_path / "run", resume=True)
+    run(small_run(steps=7), tmp_path / "whole")
+    (tensors, _), (others, _) = final_state(tmp_path / "whole"), final_state(tmp_path / "run")
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
 
 
 def fast():
