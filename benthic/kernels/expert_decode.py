@@ -1,9 +1,10 @@
 """Routed experts for few tokens: the weights of the chosen experts are read once, and their bytes set the pace.
 
-Nothing is sorted. A program stands for one (token, choice) pair and a tile of rows of its expert's weights; it works
-if no pair before it chose the same expert, and then for all pairs that did, with the weights as the tensor cores' rows
-and the tokens as their 16 or 32 columns. Three launches: hidden rows, a row of outputs a pair, and the sum over
-choices in their order, so that results do not depend on what ran first; one token takes two. The host never waits.
+Nothing is sorted. A program stands for one expert, or where there are fewer (token, choice) pairs for one of those and
+its expert, and a tile of rows of the expert's weights. It works for all pairs that chose the expert, unless there are
+none or an earlier pair's program does, with the weights as the tensor cores' rows and the tokens as their 16 or 32
+columns. Three launches: hidden rows, a row of outputs a pair, and the sum over choices in their order, so that results
+do not depend on what ran first; one token takes two. The host never waits.
 
 Weights are bfloat16, or e4m3 with a float32 factor a block of 128 x 128 (DeepSeek-V3's checkpoints), turned into
 bfloat16 in registers.
@@ -60,14 +61,17 @@ def _run(x, experts, weights, gate_up_proj, gate_up_scales, down_proj, down_scal
     if not tokens:
         return out
     hidden = x.new_empty((pairs, inner))
-    columns, warps = (16, 4) if tokens <= 16 else (32, 8)
+    padded_pairs = triton.next_power_of_2(pairs)
+    programs = min(pairs, len(down_proj))
     common = {
-        "CHOSEN": chosen, "PAIRS": triton.next_power_of_2(pairs), "COLUMNS": columns, "ROWS": ROWS, "DEPTH": 128,
-        "SCALED": gate_up_scales is not None, "ALONE": tokens == 1, "num_warps": warps, "num_stages": STAGES,
+        "CHOSEN": chosen, "PAIRS": padded_pairs, "CHUNK": min(padded_pairs, 256), "COLUMNS": 16 if tokens <= 16 else 32,
+        "ROWS": ROWS, "DEPTH": 128, "SCALED": gate_up_scales is not None,
+        "EVERY": pairs > len(down_proj), "num_warps": 4, "num_stages": STAGES,
     }  # fmt: skip
-    _hidden[(triton.cdiv(inner, ROWS), pairs)](
-        x, experts, weights, gate_up_proj, gate_up_scales, hidden, pairs, D=width, F=inner, **common
-    )
+    _hidden[(triton.cdiv(inner, ROWS), programs)](
+        x, experts, weights, gate_up_proj, gate_up_scales, hidden, pairs, D=width, F=inner,
+        ALONE=tokens == 1, **common,
+    )  # fmt: skip
     if tokens == 1:
         _outputs_of_one[(triton.cdiv(width, 16),)](
             hidden, experts, down_proj, down_scales, out, D=width, F=inner, CHOSEN=chosen, ROWS=16,
@@ -75,7 +79,7 @@ def _run(x, experts, weights, gate_up_proj, gate_up_scales, down_proj, down_scal
         )  # fmt: skip
         return out
     rows = x.new_empty((pairs, width), dtype=torch.float32)
-    _outputs[(triton.cdiv(width, ROWS), pairs)](
+    _outputs[(triton.cdiv(width, ROWS), programs)](
         hidden, experts, down_proj, down_scales, rows, pairs, D=width, F=inner, **common
     )
     _sum[(tokens, triton.cdiv(width, 256))](rows, out, D=width, CHOSEN=chosen, BLOCK=256, num_warps=2)
@@ -109,44 +113,52 @@ def _require_scales(name: str, scales: Tensor, shape: tuple[int, ...]) -> None:
 
 
 @triton.jit
-def _expert_pairs(experts, first, pairs, PAIRS: tl.constexpr, ALONE: tl.constexpr):
-    """(expert of pair `first`, which pairs chose it, their number; 0 if an earlier pair did too).
-
-    ALONE: there is one token, whose experts differ, so nothing needs to be compared before weights are loaded.
+def _expert_of(experts, which, PAIRS: tl.constexpr, ALONE: tl.constexpr, EVERY: tl.constexpr):
+    """(the program's expert, whether it has work). EVERY: number `which`; else that of pair `which`, unless an earlier
+    pair has it too. ALONE: there is one token, whose experts differ, so nothing is compared before weights are loaded.
     """
-    pair = tl.arange(0, PAIRS)
-    expert = tl.load(experts + first)
-    if ALONE:
-        same = (pair == first).to(tl.int32)
-        count = 1
+    works = which >= 0
+    if EVERY:
+        expert = which.to(tl.int64)
     else:
-        same = (tl.load(experts + pair, mask=pair < pairs, other=-1) == expert).to(tl.int32)
-        earlier = tl.sum(same * (pair < first).to(tl.int32), 0)
-        count = tl.where(earlier > 0, 0, tl.sum(same, 0))
-    return expert.to(tl.int64), same, count
+        expert = tl.load(experts + which).to(tl.int64)
+        if not ALONE:
+            pair = tl.arange(0, PAIRS)
+            works = tl.sum((tl.load(experts + pair, mask=pair < which, other=-1) == expert).to(tl.int32), 0) == 0
+    return expert, works
 
 
 @triton.jit
-def _pick(same, first, skipped, count, PAIRS: tl.constexpr, COLUMNS: tl.constexpr, ALONE: tl.constexpr):
-    """(COLUMNS of the marked pairs after the first `skipped`, which columns hold one)."""
-    pair = tl.arange(0, PAIRS)
+def _pick(
+    experts, expert, which, skipped, pairs, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr
+):  # fmt: skip
+    """(COLUMNS of the pairs that chose `expert` after the first `skipped`, which columns hold one, how many did)."""
     column = tl.arange(0, COLUMNS)
-    if ALONE:
-        return column * 0 + first, column < 1
-    place = tl.cumsum(same, 0) - 1 - skipped  # of a marked pair among the marked
-    mine = (place[None, :] == column[:, None]) & (same[None, :] > 0)
-    return tl.sum(tl.where(mine, pair[None, :], 0), 1), skipped + column < count
+    picked = column * 0 + which
+    found = which * 0 + 1
+    if not ALONE:
+        picked = column * 0
+        found = which * 0
+        for start in range(0, pairs, CHUNK):
+            pair = start + tl.arange(0, CHUNK)
+            same = (tl.load(experts + pair, mask=pair < pairs, other=-1) == expert).to(tl.int32)
+            place = found + tl.cumsum(same, 0) - 1 - skipped  # among the pairs that chose the expert
+            mine = (place[None, :] == column[:, None]) & (same[None, :] > 0)
+            picked += tl.sum(tl.where(mine, pair[None, :], 0), 1)
+            found += tl.sum(same, 0)
+    return picked, skipped + column < found, found
 
 
 @triton.jit
 def _hidden(
     x, experts, weights, gate_up_proj, scales, hidden, pairs, D: tl.constexpr, F: tl.constexpr, CHOSEN: tl.constexpr,
     PAIRS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr,
-    ALONE: tl.constexpr,
+    EVERY: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = (D + 127) // 128  # blocks across
     TALL: tl.constexpr = (F + 127) // 128
-    expert, same, count = _expert_pairs(experts, tl.program_id(1), pairs, PAIRS, ALONE)
+    which = tl.program_id(1)
+    expert, works = _expert_of(experts, which, PAIRS, ALONE, EVERY)
     f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
     gate_at = gate_up_proj + expert * 2 * F * D + f[:, None] * D + depth[None, :]
@@ -155,8 +167,10 @@ def _hidden(
     if SCALED:
         gate_scale += (expert * 2 * TALL + tl.program_id(0) * ROWS // 128) * WIDE
         up_scale = gate_scale + TALL * WIDE
-    for skipped in range(0, count, COLUMNS):
-        pair, live = _pick(same, tl.program_id(1), skipped, count, PAIRS, COLUMNS, ALONE)
+    skipped = which * 0
+    pair, live, count = _pick(experts, expert, which, skipped, pairs, COLUMNS, CHUNK, ALONE)
+    count = tl.where(works, count, 0)
+    while skipped < count:
         x_at = x + (pair // CHOSEN)[:, None] * D + depth[None, :]
         gate = tl.zeros((ROWS, COLUMNS), tl.float32)
         up = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -175,24 +189,30 @@ def _hidden(
         active = gate / (1.0 + tl.exp(-gate)) * up * factor[None, :]
         at = hidden + pair[None, :] * F + f[:, None]
         tl.store(at, active.to(hidden.dtype.element_ty), mask=(f < F)[:, None] & live[None, :])
+        skipped += COLUMNS
+        if skipped < count:
+            pair, live, _ = _pick(experts, expert, which, skipped, pairs, COLUMNS, CHUNK, ALONE)
 
 
 @triton.jit
 def _outputs(
     hidden, experts, down_proj, scales, out, pairs, D: tl.constexpr, F: tl.constexpr, CHOSEN: tl.constexpr,
     PAIRS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr,
-    ALONE: tl.constexpr,
+    EVERY: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = (F + 127) // 128
     TALL: tl.constexpr = (D + 127) // 128
-    expert, same, count = _expert_pairs(experts, tl.program_id(1), pairs, PAIRS, ALONE)
+    which = tl.program_id(1)
+    expert, works = _expert_of(experts, which, PAIRS, False, EVERY)
     d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
     weight_at = down_proj + expert * D * F + d[:, None] * F + depth[None, :]
     if SCALED:
         scales += (expert * TALL + tl.program_id(0) * ROWS // 128) * WIDE
-    for skipped in range(0, count, COLUMNS):
-        pair, live = _pick(same, tl.program_id(1), skipped, count, PAIRS, COLUMNS, ALONE)
+    skipped = which * 0
+    pair, live, count = _pick(experts, expert, which, skipped, pairs, COLUMNS, CHUNK, False)
+    count = tl.where(works, count, 0)
+    while skipped < count:
         hidden_at = hidden + pair[:, None] * F + depth[None, :]
         result = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, F, DEPTH):
@@ -204,6 +224,9 @@ def _outputs(
                 result = tl.dot(tile, rows, result)
         at = out + pair[None, :] * D + d[:, None]
         tl.store(at, result, mask=(d < D)[:, None] & live[None, :])
+        skipped += COLUMNS
+        if skipped < count:
+            pair, live, _ = _pick(experts, expert, which, skipped, pairs, COLUMNS, CHUNK, False)
 
 
 @triton.jit
