@@ -27,7 +27,7 @@ def decode_matmul_fp8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     out = x.new_empty((tokens, rows))
     if not tokens:
         return out
-    shares = _shares(triton.cdiv(rows, ROWS), triton.cdiv(depth, DEPTH), x.device)
+    shares = _shares(tokens, triton.cdiv(rows, ROWS), depth, x.device)
     columns = max(16, triton.next_power_of_2(tokens))
     partial = x.new_empty((shares, tokens, rows), dtype=torch.float32) if shares > 1 else out
     _share[(triton.cdiv(rows, ROWS), shares)](
@@ -39,9 +39,11 @@ def decode_matmul_fp8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return out
 
 
-def _shares(programs: int, steps: int, device: torch.device) -> int:
-    """Enough for about four programs a multiprocessor, each with at least four steps of K."""
-    return max(1, min(steps // 4, triton.cdiv(4 * multiprocessors(device), programs)))
+def _shares(tokens: int, programs: int, depth: int, device: torch.device) -> int:
+    """Enough for about four programs a multiprocessor, each with at least four steps of K, and no more than lets sums
+    (8 bytes a token and weight row, written and read) be a quarter of the weights' bytes."""
+    wanted = triton.cdiv(4 * multiprocessors(device), programs)
+    return max(1, min(wanted, triton.cdiv(depth, DEPTH) // 4, depth // (32 * tokens)))
 
 
 def _check(x: Tensor, weight: Tensor, scales: Tensor) -> None:

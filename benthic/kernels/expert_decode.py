@@ -1,9 +1,10 @@
 """Routed experts for few tokens: the weights of the chosen experts are read once, and their bytes set the pace.
 
-Nothing is sorted. A program stands for one (token, choice) pair and a tile of rows of its expert's weights; it works
-if no pair before it chose the same expert, and then for all pairs that did, with the weights as the tensor cores' rows
-and the tokens as their 16 or 32 columns. Three launches: hidden rows, a row of outputs a pair, and the sum over
-choices in their order, so that results do not depend on what ran first. The host never waits.
+Nothing is sorted. A program stands for one expert, or where there are fewer (token, choice) pairs for one of those and
+its expert, and a tile of rows of the expert's weights. It works for all pairs that chose the expert, unless there are
+none or an earlier pair's program does, with the weights as the tensor cores' rows and the tokens as their 16 or 32
+columns. Three launches: hidden rows, a row of outputs a pair, and the sum over choices in their order, so that results
+do not depend on what ran first; one token takes two. The host never waits.
 
 Weights are bfloat16, or e4m3 with a float32 factor a block of 128 x 128 (DeepSeek-V3's checkpoints), turned into
 bfloat16 in registers.
@@ -60,16 +61,25 @@ def _run(x, experts, weights, gate_up_proj, gate_up_scales, down_proj, down_scal
     if not tokens:
         return out
     hidden = x.new_empty((pairs, inner))
-    rows = x.new_empty((pairs, width), dtype=torch.float32)
-    columns, warps = (16, 4) if tokens <= 16 else (32, 8)
+    padded_pairs = triton.next_power_of_2(pairs)
+    programs = min(pairs, len(down_proj))
     common = {
-        "CHOSEN": chosen, "PAIRS": triton.next_power_of_2(pairs), "COLUMNS": columns, "ROWS": ROWS, "DEPTH": 128,
-        "SCALED": gate_up_scales is not None, "num_warps": warps, "num_stages": STAGES,
+        "CHOSEN": chosen, "PAIRS": padded_pairs, "CHUNK": min(padded_pairs, 256), "COLUMNS": 16 if tokens <= 16 else 32,
+        "ROWS": ROWS, "DEPTH": 128, "SCALED": gate_up_scales is not None,
+        "EVERY": pairs > len(down_proj), "num_warps": 4, "num_stages": STAGES,
     }  # fmt: skip
-    _hidden[(triton.cdiv(inner, ROWS), pairs)](
-        x, experts, weights, gate_up_proj, gate_up_scales, hidden, pairs, D=width, F=inner, **common
-    )
-    _outputs[(triton.cdiv(width, ROWS), pairs)](
+    _hidden[(triton.cdiv(inner, ROWS), programs)](
+        x, experts, weights, gate_up_proj, gate_up_scales, hidden, pairs, D=width, F=inner,
+        ALONE=tokens == 1, **common,
+    )  # fmt: skip
+    if tokens == 1:
+        _outputs_of_one[(triton.cdiv(width, 16),)](
+            hidden, experts, down_proj, down_scales, out, D=width, F=inner, CHOSEN=chosen, ROWS=16,
+            DEPTH=256 if down_scales is None else 128, SCALED=down_scales is not None, num_warps=4, num_stages=11,
+        )  # fmt: skip
+        return out
+    rows = x.new_empty((pairs, width), dtype=torch.float32)
+    _outputs[(triton.cdiv(width, ROWS), programs)](
         hidden, experts, down_proj, down_scales, rows, pairs, D=width, F=inner, **common
     )
     _sum[(tokens, triton.cdiv(width, 256))](rows, out, D=width, CHOSEN=chosen, BLOCK=256, num_warps=2)
@@ -103,33 +113,52 @@ def _require_scales(name: str, scales: Tensor, shape: tuple[int, ...]) -> None:
 
 
 @triton.jit
-def _expert_pairs(experts, first, pairs, PAIRS: tl.constexpr):
-    """(expert of pair `first`, which pairs chose it, their number; 0 if an earlier pair did too)."""
-    pair = tl.arange(0, PAIRS)
-    expert = tl.load(experts + first)
-    same = (tl.load(experts + pair, mask=pair < pairs, other=-1) == expert).to(tl.int32)
-    earlier = tl.sum(same * (pair < first).to(tl.int32), 0)
-    return expert.to(tl.int64), same, tl.where(earlier > 0, 0, tl.sum(same, 0))
+def _expert_of(experts, which, PAIRS: tl.constexpr, ALONE: tl.constexpr, EVERY: tl.constexpr):
+    """(the program's expert, whether it has work). EVERY: number `which`; else that of pair `which`, unless an earlier
+    pair has it too. ALONE: there is one token, whose experts differ, so nothing is compared before weights are loaded.
+    """
+    works = which >= 0
+    if EVERY:
+        expert = which.to(tl.int64)
+    else:
+        expert = tl.load(experts + which).to(tl.int64)
+        if not ALONE:
+            pair = tl.arange(0, PAIRS)
+            works = tl.sum((tl.load(experts + pair, mask=pair < which, other=-1) == expert).to(tl.int32), 0) == 0
+    return expert, works
 
 
 @triton.jit
-def _pick(same, skipped, count, PAIRS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(COLUMNS of the marked pairs after the first `skipped`, which columns hold one)."""
-    pair = tl.arange(0, PAIRS)
+def _pick(
+    experts, expert, which, skipped, pairs, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr
+):  # fmt: skip
+    """(COLUMNS of the pairs that chose `expert` after the first `skipped`, which columns hold one, how many did)."""
     column = tl.arange(0, COLUMNS)
-    place = tl.cumsum(same, 0) - 1 - skipped  # of a marked pair among the marked
-    mine = (place[None, :] == column[:, None]) & (same[None, :] > 0)
-    return tl.sum(tl.where(mine, pair[None, :], 0), 1), skipped + column < count
+    picked = column * 0 + which
+    found = which * 0 + 1
+    if not ALONE:
+        picked = column * 0
+        found = which * 0
+        for start in range(0, pairs, CHUNK):
+            pair = start + tl.arange(0, CHUNK)
+            same = (tl.load(experts + pair, mask=pair < pairs, other=-1) == expert).to(tl.int32)
+            place = found + tl.cumsum(same, 0) - 1 - skipped  # among the pairs that chose the expert
+            mine = (place[None, :] == column[:, None]) & (same[None, :] > 0)
+            picked += tl.sum(tl.where(mine, pair[None, :], 0), 1)
+            found += tl.sum(same, 0)
+    return picked, skipped + column < found, found
 
 
 @triton.jit
 def _hidden(
     x, experts, weights, gate_up_proj, scales, hidden, pairs, D: tl.constexpr, F: tl.constexpr, CHOSEN: tl.constexpr,
     PAIRS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr,
+    EVERY: tl.constexpr, CHUNK: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = (D + 127) // 128  # blocks across
     TALL: tl.constexpr = (F + 127) // 128
-    expert, same, count = _expert_pairs(experts, tl.program_id(1), pairs, PAIRS)
+    which = tl.program_id(1)
+    expert, works = _expert_of(experts, which, PAIRS, ALONE, EVERY)
     f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
     gate_at = gate_up_proj + expert * 2 * F * D + f[:, None] * D + depth[None, :]
@@ -138,8 +167,10 @@ def _hidden(
     if SCALED:
         gate_scale += (expert * 2 * TALL + tl.program_id(0) * ROWS // 128) * WIDE
         up_scale = gate_scale + TALL * WIDE
-    for skipped in range(0, count, COLUMNS):
-        pair, live = _pick(same, skipped, count, PAIRS, COLUMNS)
+    skipped = which * 0
+    pair, live, count = _pick(experts, expert, which, skipped, pairs, COLUMNS, CHUNK, ALONE)
+    count = tl.where(works, count, 0)
+    while skipped < count:
         x_at = x + (pair // CHOSEN)[:, None] * D + depth[None, :]
         gate = tl.zeros((ROWS, COLUMNS), tl.float32)
         up = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -158,23 +189,30 @@ def _hidden(
         active = gate / (1.0 + tl.exp(-gate)) * up * factor[None, :]
         at = hidden + pair[None, :] * F + f[:, None]
         tl.store(at, active.to(hidden.dtype.element_ty), mask=(f < F)[:, None] & live[None, :])
+        skipped += COLUMNS
+        if skipped < count:
+            pair, live, _ = _pick(experts, expert, which, skipped, pairs, COLUMNS, CHUNK, ALONE)
 
 
 @triton.jit
 def _outputs(
     hidden, experts, down_proj, scales, out, pairs, D: tl.constexpr, F: tl.constexpr, CHOSEN: tl.constexpr,
     PAIRS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr,
+    EVERY: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = (F + 127) // 128
     TALL: tl.constexpr = (D + 127) // 128
-    expert, same, count = _expert_pairs(experts, tl.program_id(1), pairs, PAIRS)
+    which = tl.program_id(1)
+    expert, works = _expert_of(experts, which, PAIRS, False, EVERY)
     d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
     weight_at = down_proj + expert * D * F + d[:, None] * F + depth[None, :]
     if SCALED:
         scales += (expert * TALL + tl.program_id(0) * ROWS // 128) * WIDE
-    for skipped in range(0, count, COLUMNS):
-        pair, live = _pick(same, skipped, count, PAIRS, COLUMNS)
+    skipped = which * 0
+    pair, live, count = _pick(experts, expert, which, skipped, pairs, COLUMNS, CHUNK, False)
+    count = tl.where(works, count, 0)
+    while skipped < count:
         hidden_at = hidden + pair[:, None] * F + depth[None, :]
         result = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, F, DEPTH):
@@ -186,6 +224,9 @@ def _outputs(
                 result = tl.dot(tile, rows, result)
         at = out + pair[None, :] * D + d[:, None]
         tl.store(at, result, mask=(d < D)[:, None] & live[None, :])
+        skipped += COLUMNS
+        if skipped < count:
+            pair, live, _ = _pick(experts, expert, which, skipped, pairs, COLUMNS, CHUNK, False)
 
 
 @triton.jit
@@ -196,3 +237,33 @@ def _sum(rows, out, D: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):
     for choice in range(CHOSEN):
         total += tl.load(rows + (token * CHOSEN + choice) * D + d, mask=d < D, other=0.0)
     tl.store(out + token * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _outputs_of_one(
+    hidden, experts, down_proj, scales, out, D: tl.constexpr, F: tl.constexpr, CHOSEN: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """One token: its experts one after another into the same sum, so that no outputs are left to be added.
+
+    Loads that follow from a loaded number take two stages each (paged_latent_attention): 11 keep five steps in flight.
+    """
+    STEPS: tl.constexpr = (F + DEPTH - 1) // DEPTH
+    TALL: tl.constexpr = (D + 127) // 128
+    d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, 16)
+    result = tl.zeros((ROWS, 16), tl.float32)
+    for step in range(CHOSEN * STEPS):
+        choice = step // STEPS
+        k = step % STEPS * DEPTH + tl.arange(0, DEPTH)
+        expert = tl.load(experts + choice + d * 0).to(tl.int64)  # [ROWS]: a scalar would not be loaded ahead
+        tile_at = down_proj + (expert * D + d)[:, None] * F + k[None, :]
+        tile = tl.load(tile_at, mask=(d < D)[:, None] & (k < F)[None, :], other=0.0)
+        row_at = hidden + choice * F + k[None, :] + column[:, None] * 0
+        row = tl.trans(tl.load(row_at, mask=(column < 1)[:, None] & (k < F)[None, :], other=0.0))
+        if SCALED:  # DEPTH is 128
+            scale = tl.load(scales + (expert * TALL + d // 128) * STEPS + step % STEPS)
+            result += tl.dot(tile.to(row.dtype), row) * scale[:, None]
+        else:
+            result = tl.dot(tile, row, result)
+    tl.store(out + d, tl.sum(result, 1).to(out.dtype.element_ty), mask=d < D)
