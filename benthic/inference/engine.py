@@ -7,6 +7,7 @@ requests may come and be cancelled. An engine belongs to one thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from benthic.inference.runner import Computed, Runner
 from benthic.inference.scheduler import Scheduler, Work, rank_of
 from benthic.inference.sizing import num_blocks
 from benthic.inference.speculation import Drafter, News
+from benthic.inference.statistics import Statistics
 from benthic.log import logger
 from benthic.model import LanguageModel
 from benthic.model.sampling import Sampler, SamplingParams
@@ -70,6 +72,7 @@ class Engine:
         self._forms = None if tokenizer is None else Forms(tokenizer, model.config.vocab_size, self._ends)
         self._answers: dict[int, tuple[Request, Answer]] = {}
         self._arrivals = 0
+        self._statistics = Statistics(blocks=blocks)
         logger.info(
             "engine: cache of %d blocks of %d tokens, at most %d tokens a step, %d drafts",
             blocks,
@@ -82,6 +85,18 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self._answers)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the engine did so far, and what it is busy with."""
+        return replace(
+            self._statistics,
+            preemptions=self.scheduler.preemptions,
+            finished=self._statistics.finished.copy(),
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            free_blocks=self.pool.available,
+        )
 
     def generate(
         self,
@@ -138,6 +153,7 @@ class Engine:
         request, answer = self._answers.pop(request_id)
         self.scheduler.finish(request)
         answer.end("cancelled")
+        self._statistics.add(request.completion)
         return request.completion
 
     @torch.inference_mode()
@@ -153,6 +169,7 @@ class Engine:
         except torch.OutOfMemoryError as error:
             self._make_room(error)
             return []
+        self._statistics.steps += 1
         events, news = [], []
         for work, rows, tokens in zip(works, computed.rows, drawn, strict=True):
             request, start = work.request, work.request.computed
@@ -239,6 +256,7 @@ class Engine:
         if request.completion.finish_reason is not None:
             self.scheduler.finish(request)
             del self._answers[request.id]
+            self._statistics.add(request.completion)
         else:
             self.scheduler.computed(request, count + right)
             if not drawn:

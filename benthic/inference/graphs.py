@@ -133,7 +133,7 @@ class _Captured:
             # Kernels are compiled and workspaces made at the first call, which no graph may contain.
             call(inputs.tokens, inputs.known, inputs.pages)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, pool=memory):
+        with torch.cuda.graph(self.graph, pool=memory, capture_error_mode="thread_local"):
             self.result = call(inputs.tokens, inputs.known, inputs.pages)
 
 

@@ -355,3 +355,22 @@ def test_a_model_without_prediction_layers_decodes_plainly_and_the_log_says_so(m
         (done,) = make_engine(randomised(config), True).generate([[1, 2]], GREEDY)
     assert "the model has no prediction layers; it decodes plainly, without drafts" in caplog.text
     assert done.drafted_tokens == 0
+
+
+def test_statistics_add_up(make_engine):
+    model = randomised(tiny(**CONFIGS["v3"]))
+    engine = make_engine(model, True, block_size=4, num_blocks=40)
+    assert engine.statistics.acceptance is None
+    done = engine.generate([[1] * 9, [1] * 9, [2]], GREEDY)
+    done += engine.generate([[1] * 9], GREEDY)
+    (request_id,) = engine.add_request([3], GREEDY)
+    (waiting,) = engine.add_request([4], GREEDY)
+    engine.cancel(request_id)
+    found = engine.statistics
+    assert found.finished == {"length": 4, "cancelled": 1}
+    assert found.completion_tokens == 40
+    assert found.cached_tokens == sum(one.cached_tokens for one in done) > 0
+    assert found.prompt_tokens == 29
+    assert found.acceptance == found.accepted_tokens / found.drafted_tokens
+    assert (found.waiting, found.running, found.free_blocks, found.blocks) == (1, 0, 40, 40)
+    engine.cancel(waiting)
