@@ -11,13 +11,14 @@ from benthic.config.settings import Settings
 class EngineConfig(Settings):
     """Sizes of one engine.
 
-    The cache has `num_blocks` blocks of `block_size` tokens; None takes `memory_share` of the memory that is free once
-    the model is loaded, and never more than `max_sequences` of the model's longest texts need. A step computes at most
-    `max_step_tokens` tokens, so that a long prompt holds the others up by no more than that. `draft_tokens` are tried a
-    step where the engine speculates; None takes one for each prediction layer.
+    The cache has `num_blocks` blocks of `block_size` tokens (GPU kernels are fastest at multiples of 64); None takes
+    `memory_share` of the memory that is free once the model is loaded, and never more than `max_sequences` of the
+    model's longest texts need. A step computes at most `max_step_tokens` tokens, so that a long prompt holds the others
+    up by no more than that. `draft_tokens` are tried a step where the engine speculates; None takes one for each
+    prediction layer. On a GPU decoding is captured in `cuda_graphs`.
     """
 
-    block_size: Positive = 16
+    block_size: Positive = 64
     num_blocks: Positive | None = None
     memory_share: float = Field(0.8, gt=0, le=1)
     max_sequences: Positive = 256

@@ -14,27 +14,24 @@ import torch
 
 from benthic.config.engine import EngineConfig
 from benthic.errors import CapacityError, RequestError
+from benthic.inference.admission import Admission, Prompt, Wish
 from benthic.inference.answer import Answer
-from benthic.inference.blocks import BlockPool, salted
+from benthic.inference.blocks import BlockPool
 from benthic.inference.completion import Completion, Event
 from benthic.inference.drawing import Drawn, Row, draw
-from benthic.inference.form import Form, Forms
-from benthic.inference.generate import check_prompt, end_ids
 from benthic.inference.pretrained import load_model
 from benthic.inference.records import keep_prompt_logprobs, keep_routes
 from benthic.inference.request import Request, Status
 from benthic.inference.runner import Computed, Runner
-from benthic.inference.scheduler import Scheduler, Work, rank_of
+from benthic.inference.scheduler import Scheduler, Work
 from benthic.inference.sizing import num_blocks
 from benthic.inference.speculation import Drafter, News
 from benthic.inference.statistics import Statistics
 from benthic.log import logger
 from benthic.model import LanguageModel
-from benthic.model.sampling import Sampler, SamplingParams
+from benthic.model.sampling import SamplingParams
 from benthic.text import Tokenizer
 from benthic.text.tokenizer import TOKENIZER_FILE
-
-Prompt = str | Sequence[int]
 
 
 class Engine:
@@ -68,10 +65,8 @@ class Engine:
         self.scheduler = Scheduler(self.settings, self.pool, drafts)
         self.runner = Runner(model, self.settings, blocks, bool(drafts))
         self._drafter = Drafter(self.runner, blocks) if drafts else None
-        self._ends = frozenset(end_ids(model))
-        self._forms = None if tokenizer is None else Forms(tokenizer, model.config.vocab_size, self._ends)
+        self._admission = Admission(model, tokenizer, self.scheduler, self.settings)
         self._answers: dict[int, tuple[Request, Answer]] = {}
-        self._arrivals = 0
         self._statistics = Statistics(blocks=blocks)
         logger.info(
             "engine: cache of %d blocks of %d tokens, at most %d tokens a step, %d drafts",
@@ -112,12 +107,12 @@ class Engine:
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(each)} sampling parameters")
-        checked = [(self._checked(prompt, one), one) for prompt, one in zip(prompts, each, strict=True)]
+        wishes = [self._admission.check(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
         mine: list[Completion] = []
         unfinished: set[int] = set()
         try:
-            for (prompt, form), one in checked:
-                requests = self._add(prompt, form, one)
+            for wish in wishes:
+                requests = self._add(wish)
                 mine += [request.completion for request in requests]
                 unfinished |= {request.id for request in requests}
             while unfinished:
@@ -144,7 +139,7 @@ class Engine:
             raise CapacityError(
                 f"{len(self.scheduler.waiting)} requests wait already; max_waiting is {most}", hint="try again later"
             )
-        return [request.id for request in self._add(*self._checked(prompt, params), params, priority, salt)]
+        return [request.id for request in self._add(self._admission.check(prompt, params), priority, salt)]
 
     def cancel(self, request_id: int) -> Completion | None:
         """End a request now and free its blocks; what it has so far, or None when it is not there any more."""
@@ -180,7 +175,7 @@ class Engine:
                 wanted = min(self._draft_tokens, request.tokens_left - 1) if tokens else 0
                 news.append(News(request, start, request.computed - start, rows.start, wanted))
         if self._drafter is not None:
-            self._drafter.follow(news, computed.hidden)
+            self._follow(self._drafter, news, computed)
         return events
 
     def forget_prefixes(self) -> None:
@@ -193,8 +188,19 @@ class Engine:
         queued = {request.id for request in (*self.scheduler.waiting, *self.scheduler.running)}
         assert queued == set(self._answers), "a request is lost"
 
+    def _follow(self, drafter: Drafter, news: list[News], computed: Computed) -> None:
+        try:
+            drafter.follow(news, computed.hidden)
+        except BaseException as error:
+            # Rows of layers that stopped half-way cannot be relied on; what was drawn stays.
+            for one in news:
+                self.scheduler.put_back(one.request)
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._make_room(error)
+
     def _make_room(self, error: torch.OutOfMemoryError) -> None:
-        """Nothing of the step was kept, so that smaller ones can take its place."""
+        """What the step did not keep is left to smaller ones."""
         if not self.scheduler.take_smaller_steps():
             raise CapacityError(
                 f"{self.runner.device} has no memory for a step of one token: {str(error).splitlines()[0]}",
@@ -263,36 +269,9 @@ class Engine:
                 return None
         return Event(request.id, tuple(request.completion.token_ids[before:]), answer.news(), request.completion)
 
-    def _add(
-        self, prompt: list[int], form: Form | None, params: SamplingParams, priority: int = 0, salt: str = ""
-    ) -> list[Request]:
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
-        requests: list[Request] = []
-        for index in range(params.n):
-            leader = requests[0] if requests and self.settings.prefix_caching else None
-            sampler, rank = Sampler(params, prompt, ends, index), rank_of(self._arrivals, priority)
-            request = Request(self._arrivals, prompt, sampler, rank, salted(salt), index, leader)
-            request.form = None if form is None else form.copy()
-            self._arrivals += 1
+    def _add(self, wish: Wish, priority: int = 0, salt: str = "") -> list[Request]:
+        requests = self._admission.requests(wish, priority, salt)
+        for request in requests:
             self._answers[request.id] = (request, Answer(request, self.tokenizer))
             self.scheduler.add(request)
-            requests.append(request)
         return requests
-
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], Form | None]:
-        """The prompt's token ids and the form of its answers, or RequestError."""
-        config = self.model.config
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("the prompt is text, but this model has no tokenizer", hint="send token ids")
-            prompt = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos_token)
-        check_prompt(prompt, params, config.vocab_size, config.max_position_embeddings)
-        if (params.stop or params.forms) and self._forms is None:
-            raise RequestError("stop strings and forms need text, but this model has no tokenizer")
-        if not self.scheduler.fits(len(prompt) + params.max_tokens):
-            raise RequestError(
-                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} do not fit the cache of "
-                f"{self.pool.size} blocks of {self.settings.block_size} tokens",
-                hint="ask for fewer tokens, or give the engine more num_blocks",
-            )
-        return list(prompt), None if self._forms is None else self._forms.make(params)

@@ -57,6 +57,13 @@ class Scheduler:
             request.status = Status.FINISHED
             self._release(request)
 
+    def put_back(self, request: Request) -> None:
+        """Let a running request wait again, without its rows: they will be computed anew."""
+        self.preemptions += 1
+        self.running.remove(request)
+        self._release(request)
+        self.add(request)
+
     def schedule(self) -> list[Work]:
         """The next step's work, by number of tokens, the fewest first; empty when there is nothing to do."""
         works: dict[int, Work] = {}
@@ -160,16 +167,10 @@ class Scheduler:
                 break
             victim = self.running[-1]
             works.pop(victim.id, None)
-            self._preempt(victim)
+            self.put_back(victim)
             if victim is request:
                 return False
         return True
-
-    def _preempt(self, request: Request) -> None:
-        self.preemptions += 1
-        self.running.remove(request)
-        self._release(request)
-        self.add(request)
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)

@@ -48,6 +48,27 @@ def test_drafts_are_those_of_training_behind_chunks_found_prefixes_and_preemptio
     assert engine.scheduler.preemptions or chunk == 3
 
 
+@pytest.mark.usefixtures("_as_a_user")
+def test_layers_that_run_out_of_memory_cost_time_and_no_token(make_engine, monkeypatch):
+    config = tiny(**CONFIGS["v3 of two predictions"])
+    model = randomised(config)
+    calls, predict = [], model.paged_prediction
+
+    def sometimes(*arguments):
+        calls.append(1)
+        if len(calls) in (6, 17):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return predict(*arguments)
+
+    monkeypatch.setattr(model, "paged_prediction", sometimes)
+    engine = make_engine(model, True, block_size=4, num_blocks=60)
+    prompts = [tokens(config, 1, length, length)[0].tolist() for length in (5, 9, 20)]
+    params = SamplingParams(max_tokens=9, temperature=0)
+    done = engine.generate(prompts, params)
+    assert engine.scheduler.preemptions == 6
+    assert [one.token_ids for one in done] == [list(generate(model, prompt, params)) for prompt in prompts]
+
+
 def trained(config, steps=150):
     """A model that has learnt to count in threes, prediction layer included."""
     model = LanguageModel(config)
