@@ -1,7 +1,7 @@
 """What a token leaves in a paged cache. Reference: numerics/reference/cache_write.py.
 
 On a GPU a layer's new rows take one launch, the queries' rotation included. On the processor queries and keys turn
-together, and no slot may be negative. No gradients.
+together. No gradients.
 """
 
 from __future__ import annotations

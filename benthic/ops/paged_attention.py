@@ -2,8 +2,8 @@
 
 The rows of sequence b fill the blocks of `tables[b]` in order. A call brings query rows `starts[b]` .. `starts[b + 1]`
 of each sequence; `lengths[b]` keys are there once the rows of these positions are written, so that with n query rows
-row i sees keys `first` .. lengths[b] - n + i. References: numerics/reference/paged_latent_attention.py and
-paged_attention.py. No gradients.
+row i sees keys `first` .. lengths[b] - n + i. Query rows from the last start on belong to no sequence.
+References: numerics/reference/paged_latent_attention.py and paged_attention.py. No gradients.
 
 Pools hold finite numbers from the start, also where nothing was written: a hidden row is weighted by 0, and 0 x NaN is
 NaN. Entries of a table behind a sequence's last block are any valid block.
@@ -22,7 +22,10 @@ from torch import Tensor
 def write_rows(
     pool: Float[Tensor, "blocks block width"], rows: Float[Tensor, "tokens width"], slots: Int64[Tensor, " tokens"]
 ) -> None:
-    """Store `rows` in the pool; slot s is row s % block of block s // block."""
+    """Store `rows` in the pool; slot s is row s % block of block s // block, and a negative one nowhere."""
+    kept = slots >= 0
+    if not kept.all():
+        rows, slots = rows[kept], slots[kept]
     pool.view(-1, pool.shape[-1]).index_copy_(0, slots, rows)
 
 
@@ -66,7 +69,7 @@ def absorbed_paged_attention(
             scores = scores.view(len(keys), count, -1, longest).masked_fill_(~mask[:, :, None], -torch.inf)
         weights = scores.view(len(keys), -1, longest).softmax(-1).type_as(keys)
         parts.append(torch.bmm(weights, keys[..., :rank]).view(-1, query.shape[1], rank))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _whole(parts, query)
 
 
 def paged_attention(
@@ -103,6 +106,14 @@ def paged_attention(
             enable_gqa=heads != key_heads,
         )  # [b, H, n, Dv]
         parts.append(out.transpose(1, 2).flatten(0, 1))
+    return _whole(parts, query)
+
+
+def _whole(parts: list[Tensor], query: Tensor) -> Tensor:
+    """The results of all query rows; those of no sequence, which come last, are zeros."""
+    missing = len(query) - sum(map(len, parts))
+    if missing:
+        parts.append(query.new_zeros(missing, *parts[0].shape[1:]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -113,7 +124,8 @@ def _alike(starts: Tensor, sequences: int) -> Iterator[tuple[slice, slice, int]]
     for end in range(1, sequences + 1):
         count = bounds[begin + 1] - bounds[begin]
         if end == sequences or bounds[end + 1] - bounds[end] != count:
-            yield slice(begin, end), slice(bounds[begin], bounds[end]), count
+            if count:
+                yield slice(begin, end), slice(bounds[begin], bounds[end]), count
             begin = end
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from benthic.config.engine import EngineConfig
+from benthic.inference import graphs
 from benthic.inference.batch import Stretch
 from benthic.inference.engine import Engine
+from benthic.inference.generate import generate
 from benthic.inference.graphs import _Inputs, _rounded, suits
 from benthic.model.sampling import SamplingParams
 from benthic.numerics.compare import assert_close
@@ -50,6 +52,41 @@ def test_added_rows_are_written_nowhere_and_see_nothing():
     assert pages.starts.tolist() == [0, 1, 1, 1]
 
 
+class Replayed:
+    """Stands in for a captured graph where there is no GPU: a replay computes from the same tensors again."""
+
+    def __init__(self, call, inputs, memory):
+        self.inputs, self.graph = inputs, self
+        self._call = lambda: call(inputs.tokens, inputs.known, inputs.pages)
+
+    def replay(self):
+        self.result = self._call()
+
+
+@pytest.mark.usefixtures("_as_a_user")
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("name", ["v3 of two predictions", "multi-query with predictions"])
+def test_rounded_up_calls_change_no_answer(name, speculative, make_engine, monkeypatch):
+    monkeypatch.setattr(graphs, "_Captured", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    config = tiny(**CONFIGS[name])
+    model = randomised(config)
+    engine = make_engine(model, speculative, block_size=4, num_blocks=60, max_step_tokens=30, draft_tokens=3)
+    engine.runner._graphs = engine.runner._capturable()
+    prompts = [tokens(config, 1, length, length)[0].tolist() for length in (1, 2, 30, 7, 40, 5, 9, 3, 4, 8, 6, 10)]
+    prompts += [[1, 2]] * 8
+    wishes = [SamplingParams(max_tokens=8 + place % 5, temperature=place % 2, seed=1) for place in range(len(prompts))]
+    done = engine.generate(prompts, wishes)
+    for one, prompt, params in zip(done, prompts, wishes, strict=True):
+        assert one.token_ids == list(generate(model, prompt, params))
+        ids = torch.tensor([prompt + one.token_ids])
+        with torch.no_grad():
+            logprobs = model(ids)[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        assert_close(torch.tensor(one.logprobs), logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0], "model_fp32")
+    assert len(engine.runner._graphs[0]._captured) > 3
+    assert all(sizes._captured for sizes in engine.runner._graphs)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.usefixtures("_as_a_user")
 @pytest.mark.parametrize("speculative", [False, True])
@@ -65,8 +102,8 @@ def test_graphs_give_what_launches_give_and_what_the_whole_sequence_gives(name, 
     prompts = [tokens(config, 1, length, length)[0].tolist() for length in (1, 3, 30, 7, 100)]
     params = SamplingParams(max_tokens=20, temperature=0)
     found = []
-    for graphs in (True, False):
-        engine = Engine(model, speculative=speculative, settings=EngineConfig(num_blocks=100, cuda_graphs=graphs))
+    for captured in (True, False):
+        engine = Engine(model, speculative=speculative, settings=EngineConfig(num_blocks=100, cuda_graphs=captured))
         found.append(engine.generate(prompts, params))
         engine.check()
     for with_graphs, without, prompt in zip(*found, prompts, strict=True):
