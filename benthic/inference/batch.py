@@ -42,22 +42,37 @@ def lay_out(
     stretches: Sequence[Stretch], pools: Sequence[Tensor], block_size: int, device: torch.device, first: int = 0
 ) -> tuple[Tensor, Pages]:
     """Token ids int64 [T] and their pages; `stretches` come with the shortest first."""
-    bounds, rows = bounds_of(stretches), rows_of(stretches, block_size).to(device)
+    bounds, rows = bounds_of(stretches), rows_of(stretches, block_size)
     totals = tuple(stretch.start + len(stretch.tokens) for stretch in stretches)
     longest = -(-max(totals) // block_size)
-    tables = [list(stretch.blocks[:longest]) for stretch in stretches]
-    for table in tables:
-        table += [0] * (longest - len(table))
+    tables: list[int] = []
+    for stretch in stretches:
+        table = stretch.blocks[:longest]
+        tables += table
+        tables += [0] * (longest - len(table))
+    starts, lengths, flat = _together([bounds, totals, tables], device)
     pages = Pages(
         pools=pools,
         counts=tuple(len(stretch.tokens) for stretch in stretches),
         totals=totals,
         bounds=bounds,
-        positions=rows[1],
-        slots=rows[2],
-        tables=torch.tensor(tables, dtype=torch.int32).to(device),
-        starts=torch.tensor(bounds, dtype=torch.int32).to(device),
-        lengths=torch.tensor(totals, dtype=torch.int32).to(device),
+        positions=rows[1].to(device),
+        slots=rows[2].to(device),
+        tables=flat.view(len(stretches), longest),
+        starts=starts,
+        lengths=lengths,
         first=first,
     )
-    return rows[0], pages
+    return rows[0].to(device), pages
+
+
+def _together(parts: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Small numbers as int32 by one copy. Each begins at 16 bytes: kernels are compiled anew where one does not."""
+    numbers: list[int] = []
+    begins = []
+    for part in parts:
+        begins.append(len(numbers))
+        numbers += part
+        numbers += [0] * (-len(numbers) % 4)
+    whole = torch.tensor(numbers, dtype=torch.int32).to(device)
+    return [whole[begin : begin + len(part)] for begin, part in zip(begins, parts, strict=True)]

@@ -70,23 +70,24 @@ class _Inputs:
     ) -> None:
         rows, sequences, blocks = size
         device, self._block_size = pools[0].device, block_size
-        self._tokens = torch.zeros(3, rows, dtype=torch.int64, device=device)
-        self._bounds = torch.zeros(2, sequences + 1, dtype=torch.int32, device=device)
+        # Rows begin at 16 bytes: kernels are compiled anew where one does not.
+        self._tokens = torch.zeros(3, rows + rows % 2, dtype=torch.int64, device=device)
+        self._bounds = torch.zeros(2, (sequences + 4) // 4 * 4, dtype=torch.int32, device=device)
         self._tables = torch.zeros(sequences, blocks, dtype=torch.int32, device=device)
         self._host_tables = np.zeros((sequences, blocks), np.int32)
         self._filled: list[tuple[Sequence[int], int]] = [((), 0)] * sequences
         self.known = None if width is None else torch.zeros(rows, width, dtype=pools[0].dtype, device=device)
-        self.tokens = self._tokens[0]
+        self.tokens = self._tokens[0, :rows]
         self.pages = Pages(
             pools=pools,
             # All sequences are narrow; how many rows each really has, the device alone knows.
             counts=(1,) * sequences,
             totals=(1,) * sequences,
             bounds=(*range(sequences), rows),
-            positions=self._tokens[1],
-            slots=self._tokens[2],
+            positions=self._tokens[1, :rows],
+            slots=self._tokens[2, :rows],
             tables=self._tables,
-            starts=self._bounds[0],
+            starts=self._bounds[0, : sequences + 1],
             lengths=self._bounds[1, :sequences],
             first=first,
         )

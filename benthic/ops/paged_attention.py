@@ -22,9 +22,10 @@ from torch import Tensor
 def write_rows(
     pool: Float[Tensor, "blocks block width"], rows: Float[Tensor, "tokens width"], slots: Int64[Tensor, " tokens"]
 ) -> None:
-    """Store `rows` in the pool; slot s is row s % block of block s // block, and a negative one nowhere."""
-    kept = slots >= 0
-    if not kept.all():
+    """Store `rows` in the pool; slot s is row s % block of block s // block. Negative ones, which come
+    last, are written nowhere."""
+    if len(slots) and int(slots[-1]) < 0:
+        kept = slots >= 0
         rows, slots = rows[kept], slots[kept]
     pool.view(-1, pool.shape[-1]).index_copy_(0, slots, rows)
 
@@ -59,8 +60,7 @@ def absorbed_paged_attention(
 
         return kernel.absorbed_paged_attention(query, pool, tables, starts, lengths, scale, rank, first)
     parts = []
-    for part, rows, count in _alike(starts, len(tables)):
-        longest = int(lengths[part].max())
+    for part, rows, count, longest in _alike(starts, lengths):
         keys = gather_rows(pool, tables[part], longest)  # [b, L, C + R]
         queries = query[rows].view(len(keys), -1, query.shape[-1])  # [b, n H, C + R]
         scores = torch.bmm(queries, keys.transpose(1, 2)).float() * scale  # [b, n H, L]
@@ -92,8 +92,7 @@ def paged_attention(
         return kernel.paged_attention(query, pool, tables, starts, lengths, scale, key_heads, first)
     heads, width = query.shape[1:]
     parts = []
-    for part, rows, count in _alike(starts, len(tables)):
-        longest = int(lengths[part].max())
+    for part, rows, count, longest in _alike(starts, lengths):
         stored = gather_rows(pool, tables[part], longest)
         key, value = stored.split_with_sizes((key_heads * width, stored.shape[-1] - key_heads * width), -1)
         mask = _visible(lengths[part], count, longest, first)
@@ -117,15 +116,16 @@ def _whole(parts: list[Tensor], query: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _alike(starts: Tensor, sequences: int) -> Iterator[tuple[slice, slice, int]]:
-    """Neighbouring sequences with equally many query rows: which they are, their rows, and how many each has."""
-    bounds = starts.tolist()
+def _alike(starts: Tensor, lengths: Tensor) -> Iterator[tuple[slice, slice, int, int]]:
+    """Neighbouring sequences with equally many query rows: which they are, their rows, how many each has, and the keys
+    of the longest."""
+    bounds, totals = starts.tolist(), lengths.tolist()
     begin = 0
-    for end in range(1, sequences + 1):
+    for end in range(1, len(totals) + 1):
         count = bounds[begin + 1] - bounds[begin]
-        if end == sequences or bounds[end + 1] - bounds[end] != count:
+        if end == len(totals) or bounds[end + 1] - bounds[end] != count:
             if count:
-                yield slice(begin, end), slice(bounds[begin], bounds[end]), count
+                yield slice(begin, end), slice(bounds[begin], bounds[end]), count, max(totals[begin:end])
             begin = end
 
 
