@@ -25,7 +25,7 @@ def decode(
     those exceed the model's positions."""
     weight = model.head_weight
     cache = Cache(model.config, 1, len(prompt) + params.max_tokens, weight.device, dtype or weight.dtype)
-    sampler, step = Sampler(params), list(prompt)
+    sampler, step = Sampler(params, list(prompt), ends), list(prompt)
     for _ in range(params.max_tokens):
         states = model.states(torch.tensor([step], device=weight.device), cache=cache)
         # The head at the last position alone: a long prompt's logits can be larger than the model.
