@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benthic.config import ModelConfig as ModelConfig
+    from benthic.inference.engine import Engine as Engine
     from benthic.inference.pretrained import load_model as load_model
     from benthic.inference.pretrained import save_model as save_model
     from benthic.model.sampling import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["ModelConfig", "SamplingParams", "load_model", "save_model"]
+__all__ = ["Engine", "ModelConfig", "SamplingParams", "load_model", "save_model"]
 
 # Resolved on first use, so that importing benthic never imports torch.
 _HOME = {
+    "Engine": "benthic.inference.engine",
     "ModelConfig": "benthic.config",
     "SamplingParams": "benthic.model.sampling",
     "load_model": "benthic.inference.pretrained",

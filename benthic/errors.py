@@ -53,6 +53,10 @@ class RunError(BenthicError, RuntimeError):
     """A run folder cannot be used as asked."""
 
 
+class PeerError(BenthicError, RuntimeError):
+    """This rank stops because another did, and that one says why."""
+
+
 class NumericsError(BenthicError, ArithmeticError):
     """A non-finite value appeared where none may be; the run stopped before using it."""
 

@@ -56,7 +56,21 @@ def make_parser() -> argparse.ArgumentParser:
     gpu.add_argument("--arm-seconds", type=float, help="an arm that takes longer is stopped (default 280)")
     gpu.add_argument("--profile", action="store_true", help="time by operation of one more step, beside the result")
     gpu.add_argument("--add", action="store_true", help="keep what --output holds of arms not measured now")
-    for one in (kernels, train):
+    decode = benchmarks.add_parser("decode", allow_abbrev=False, help="the engine: prompts and decoding by batch size")
+    decode.add_argument(
+        "--model", help="preset name or folder (default tiny); a folder without weights gets random ones"
+    )
+    decode.add_argument("--batches", nargs="+", type=int, metavar="B", help="sequences at once (default 1 8)")
+    decode.add_argument("--prompt-tokens", type=int, help="of each sequence (default 512)")
+    decode.add_argument("--new-tokens", type=int, help="decoded behind them (default 256)")
+    decode.add_argument("--repetitions", type=int, help="how often each size is timed (default 3)")
+    decode.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights (default bfloat16)")
+    decode.add_argument("--device", help="cpu, cuda, cuda:1 ... (default cpu)")
+    decode.add_argument("--draft-tokens", type=int, help="drafts a step (default 0: none)")
+    decode.add_argument(
+        "--acceptance", type=float, help="pretend that this share of drafts is right: random weights' are not"
+    )
+    for one in (kernels, train, decode):
         one.add_argument("--output", type=Path, metavar="FILE", help="keep the result as JSON")
         one.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -75,8 +89,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _module(options: argparse.Namespace) -> str:
-    if options.name == "kernels":
-        return "kernels"
+    if options.name != "train":
+        return options.name
     compared = [name for name in ("preset", "device") if getattr(options, name) is not None]
     on_gpu = [name for name in ("arms", "steps", "arm_seconds") if getattr(options, name) is not None]
     on_gpu += [name for name in ("profile", "add") if getattr(options, name)]
@@ -99,6 +113,12 @@ def _kernels(benchmark: Any, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _decode(benchmark: Any, options: argparse.Namespace) -> dict[str, Any]:
+    result = benchmark.measure(benchmark.Workload(**_given(benchmark.Workload, options)))
+    _keep(result, options.output)
+    return result
+
+
 def _train(benchmark: Any, options: argparse.Namespace) -> dict[str, Any]:
     result = benchmark.measure(benchmark.Workload(**_given(benchmark.Workload, options)))
     _keep(result, options.output)
@@ -111,7 +131,7 @@ def _train_gpu(benchmark: Any, options: argparse.Namespace) -> dict[str, Any]:
     return benchmark.measure(benchmark.Options(**_given(benchmark.Options, options)), options.output, options.add)
 
 
-RUNS = {"kernels": _kernels, "train": _train, "train_gpu": _train_gpu}
+RUNS = {"decode": _decode, "kernels": _kernels, "train": _train, "train_gpu": _train_gpu}
 
 
 def _given(settings: Any, options: argparse.Namespace) -> dict[str, Any]:

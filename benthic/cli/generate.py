@@ -1,4 +1,5 @@
-"""`benthic generate FOLDER`: text from a model folder, streamed to the terminal."""
+"""`benthic generate FOLDER`: text from a model folder, streamed to the terminal, or a file of prompts to a file of
+answers."""
 
 from __future__ import annotations
 
@@ -6,30 +7,37 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
+from benthic.cli.engine_options import (
+    Parser,
+    add_engine_options,
+    add_sampling_options,
+    check_device,
+    open_engine,
+    sampling_params,
+)
 from benthic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from benthic.model import LanguageModel
+    from benthic.model.sampling import SamplingParams
+    from benthic.text import Tokenizer
 
 DEFAULT_MAX_TOKENS = 128
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, hint="benthic generate --help lists what is allowed")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command's arguments; those of sampling are named as in SamplingParams."""
-    parser = _Parser(prog="benthic generate", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, weights and tokenizer.json")
+    parser = Parser(prog="benthic generate", description=__doc__, allow_abbrev=False)
+    add_engine_options(parser)
     parser.add_argument("--prompt", help="text to continue (default: standard input)")
-    parser.add_argument("--max-tokens", type=int, help=f"most tokens (default {DEFAULT_MAX_TOKENS}, or what fits)")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default 1)")
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens (default 0: all)")
-    parser.add_argument("--top-p", type=float, help="draw among the fewest tokens of this probability (default 1)")
-    parser.add_argument("--seed", type=int, help="repeat the same draws")
-    parser.add_argument("--stop", action="append", help="end before this text; may be given again")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+    parser.add_argument("--input", type=Path, help="prompts, one JSON object a line: prompt, token_ids or messages")
+    parser.add_argument(
+        "--output", type=Path, help="where their answers go; an interrupted command goes on where it was"
+    )
+    add_sampling_options(parser)
+    parser.add_argument("--plain", action="store_true", help="the reference: one prompt, no engine")
     parser.add_argument("--json", action="store_true", help="one JSON object with the text and settings, at the end")
     return parser
 
@@ -37,39 +45,57 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Load, continue the prompt, print."""
     options = make_parser().parse_args(arguments)
+    if (options.input is None) != (options.output is None):
+        raise ConfigError("--input and --output belong together", hint="give both, or --prompt")
+    params = sampling_params(options)
+    if options.input is not None:
+        return _answer_file(options, params)
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
-
-    from benthic.inference.generate import generate_text
-    from benthic.inference.pretrained import load_model
-    from benthic.model.sampling import SamplingParams
-    from benthic.text import Tokenizer
-
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    params = SamplingParams(**given)
-    tokenizer = Tokenizer.from_folder(options.folder)
-    model = load_model(options.folder, device=_device(options.device))
-    if options.max_tokens is None:
-        room = model.config.max_position_embeddings - len(tokenizer.encode(prompt, add_bos=tokenizer.add_bos_token))
-        params = params.replace(max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room)))
-    pieces = []
-    for piece in generate_text(model, tokenizer, prompt, params):
-        pieces.append(piece)
-        if not options.json:
-            print(piece, end="", flush=True)
+    continue_ = _plainly if options.plain else _by_engine
+    text, params = continue_(options, prompt, params)
     if options.json:
-        print(json.dumps({"prompt": prompt, "text": "".join(pieces), **params.model_dump()}, ensure_ascii=False))
+        print(json.dumps({"prompt": prompt, "text": text, **params.model_dump()}, ensure_ascii=False))
     else:
         print()
     return 0
 
 
-def _device(name: str):
-    import torch
+def _by_engine(options: argparse.Namespace, prompt: str, params: SamplingParams) -> tuple[str, SamplingParams]:
+    engine, tokenizer = open_engine(options)
+    if options.max_tokens is None:
+        params = _fitting(params, prompt, tokenizer, engine.model)
+    on_event = None if options.json else lambda event: print(event.text, end="", flush=True)
+    (done,) = engine.generate([prompt], params, on_event)
+    return done.text, params
 
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {name!r} cannot be used: {str(error).splitlines()[0]}", hint="benthic doctor shows what is there"
-        ) from None
+
+def _plainly(options: argparse.Namespace, prompt: str, params: SamplingParams) -> tuple[str, SamplingParams]:
+    from benthic.inference.generate import generate_text
+    from benthic.inference.pretrained import load_model
+    from benthic.text import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(options.folder)
+    model = load_model(options.folder, device=check_device(options.device))
+    if options.max_tokens is None:
+        params = _fitting(params, prompt, tokenizer, model)
+    pieces = []
+    for piece in generate_text(model, tokenizer, prompt, params):
+        pieces.append(piece)
+        if not options.json:
+            print(piece, end="", flush=True)
+    return "".join(pieces), params
+
+
+def _fitting(params: SamplingParams, prompt: str, tokenizer: Tokenizer, model: LanguageModel) -> SamplingParams:
+    room = model.config.max_position_embeddings - len(tokenizer.encode(prompt, add_bos=tokenizer.add_bos_token))
+    return params.replace(max_tokens=max(1, min(DEFAULT_MAX_TOKENS, room)))
+
+
+def _answer_file(options: argparse.Namespace, params: SamplingParams) -> int:
+    from benthic.inference.offline import answer_file
+
+    if options.prompt is not None or options.plain:
+        raise ConfigError("--input answers a file of prompts by the engine; --prompt and --plain do not go with it")
+    answered = answer_file(open_engine(options)[0], options.input, options.output, params)
+    print(json.dumps(answered) if options.json else options.output)
+    return 0

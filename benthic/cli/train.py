@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from benthic.cli.threads import choose_waiting
 from benthic.config.override import override
+from benthic.config.parallel import ParallelConfig
 from benthic.config.train import TrainConfig
-from benthic.errors import ConfigError, RunError, did_you_mean
+from benthic.errors import ConfigError, PeerError, RunError, did_you_mean
+from benthic.log import logger
 
-FLAGS = ("--run-folder", "--resume", "--plan-only", "--plan-device", "--show-config", "--help", "-h")
-VALUED = ("--run-folder", "--plan-device")
+FLAGS = (
+    "--run-folder", "--resume", "--plan-only", "--plan-device", "--simulate-world", "--show-config", "--help", "-h",
+)  # fmt: skip
+VALUED = ("--run-folder", "--plan-device", "--simulate-world")
 
 EPILOG = """\
 Every setting is an option by its dotted name, `--show-config` lists them with their values:
@@ -19,29 +26,71 @@ Every setting is an option by its dotted name, `--show-config` lists them with t
   benthic train demo --steps 500 --optimizer.learning_rate 3e-3 --data.source folder --data.path ~/text
   benthic train runs/demo/config.yaml --run-folder runs/again
   benthic train --resume --run-folder runs/demo
+  torchrun --nproc-per-node 2 -m benthic train demo --parallel.expert 2
 """
 
 
 def main(arguments: list[str]) -> int:
-    """Train, or say what would be trained; 128 + the signal's number when a signal stopped the run."""
+    """Train, or say what would be trained; 128 + the signal's number when a signal stopped the run.
+
+    Of several ranks the first speaks: the others are given the same arguments and come to the same answers.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return _main(arguments)
+    logger.setLevel(logging.WARNING)
+    try:
+        return _main(arguments)
+    except ConfigError as error:
+        return error.exit_code
+
+
+def _main(arguments: list[str]) -> int:
     own, settings = split_settings(arguments)
     options = _parser().parse_args(own)
-    config = override(_base(options.recipe, options.run_folder, options.resume), settings)
+    folder, resume = options.run_folder, options.resume
+    base = _base(options.recipe, folder, resume)
+    processes = options.simulate_world or int(os.environ.get("WORLD_SIZE", "1"))
+    config = override(base, over_all_processes(base.parallel, settings, processes))
     if options.show_config:
         print(config.to_yaml(), end="")
         return 0
     if options.plan_only:
         print_plan(config, options.plan_device)
         return 0
+    if options.simulate_world:
+        from benthic.train.simulation import simulate
+
+        for line in simulate(config):
+            print(line)
+        return 0
     choose_waiting()
     from benthic.train.run import run
 
-    folder = options.run_folder or Path("runs") / config.name
-    summary = run(config, folder, options.resume)
+    folder = folder or Path("runs") / config.name
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (folder / "config.yaml").is_file():
+        logger.info("torchrun started this run again: it goes on from the last saved state")
+        resume = True
+    try:
+        summary = run(config, folder, resume)
+    except PeerError as error:
+        return error.exit_code
     if summary.interrupted:
         return 128 + summary.interrupted
-    print(summary.model)
+    if os.environ.get("RANK", "0") == "0":
+        print(summary.model)
     return 0
+
+
+def over_all_processes(parallel: ParallelConfig, settings: Mapping[str, str], processes: int) -> dict[str, str]:
+    """`settings`, where they do not say what `shard` is, with all processes of torchrun that no other axis takes."""
+    named = any(name.startswith("parallel.") for name in settings)
+    if processes == 1 or "parallel.shard" in settings or (parallel.world == processes and not named):
+        return dict(settings)
+    taken = 1
+    for axis in ("replicate", "pipeline", "tensor", "context"):
+        given = str(settings.get(f"parallel.{axis}", getattr(parallel, axis)))
+        taken *= int(given) if given.isdecimal() else 1
+    return {**settings, "parallel.shard": str(max(1, processes // max(1, taken)))}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder")
     parser.add_argument("--plan-only", action="store_true", help="print what the run takes, train nothing")
     parser.add_argument("--plan-device", default="cpu", help="where --plan-only plans it: cpu, h100, h200 ... (cpu)")
+    parser.add_argument(
+        "--simulate-world", type=int, metavar="N", help="check the layout of N ranks in this process, train nothing"
+    )
     parser.add_argument("--show-config", action="store_true", help="print the whole config as YAML, train nothing")
     return parser
 
@@ -123,7 +175,10 @@ def print_plan(config: TrainConfig, device: str) -> None:
         "parameters": f"{count.total:,}, {count.active:,} active for a token; {count.mtp_unique:,} more predict ahead",
         "updates": f"{config.steps:,}, {plan.tokens:,} tokens",
         "FLOPs": f"{step.flops / step.tokens:.3e} a token, {step.flops / step.tokens * plan.tokens:.3e} in all",
-        "device": plan.device.title,
+        "device": plan.device.title
+        if config.parallel.world == 1
+        else f"{config.parallel.world:,} x {plan.device.title}",
+        **({} if config.parallel.world == 1 else {"layout": f"{config.parallel}; memory is the fullest rank's"}),
         "memory": f"{memory.total / 2**30:.2f} GiB at {memory.moment}, of {plan.device.memory_bytes / 2**30:.0f} GiB"
         + ("" if plan.fits else ": DOES NOT FIT"),
         **{f"  {part}": f"{size / 2**30:.3f} GiB" for part, size in memory.by_part.items()},

@@ -116,8 +116,9 @@ class ParallelConfig(Settings):
 
     @property
     def expert_shards(self) -> int:
-        """Ranks over which ZeRO splits a rank's routed experts: copies within one replica."""
-        return max(1, self.dense_shards * self.tensor // self.expert)
+        """Ranks over which ZeRO splits a rank's routed experts: copies within one replica, where they come out even."""
+        inside = self.dense_shards * self.tensor
+        return inside // self.expert if inside % self.expert == 0 else 1
 
     @property
     def stages_per_rank(self) -> int:

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from benthic.config.data import DataConfig
 from benthic.config.manifest import Group
 from benthic.config.model import ModelConfig, Positive
+from benthic.config.parallel import ParallelConfig
 from benthic.config.settings import Settings, read_text
 from benthic.config.yaml_text import read_yaml
 from benthic.errors import ConfigError
@@ -173,6 +174,8 @@ class CheckpointConfig(Settings):
     keep: Positive | None = 2
     export_weights: Literal["fp32", "bf16", "fp8"] = "bf16"
     """Number format of the finished model folder."""
+    asynchronous: bool = False
+    """Whether training goes on while a state is written, from a copy in the processor's memory; one save at a time."""
     export_average: bool = False
     """Whether the finished model holds the averaged weights (optimizer.ema_decay) or the last ones."""
 
@@ -235,6 +238,7 @@ class TrainConfig(Settings):
     precision: PrecisionConfig = PrecisionConfig()
     memory: MemoryConfig = MemoryConfig()
     logging: LoggingConfig = LoggingConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @field_validator("model", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benthic.errors import RequestError
+from benthic.inference.stop import StopText
 from benthic.model import LanguageModel
 from benthic.model.decoding import decode
 from benthic.model.sampling import SamplingParams
@@ -17,8 +18,10 @@ def generate(model: LanguageModel, prompt: Sequence[int], params: SamplingParams
     Ends before an end-of-sequence token of the model's config or one of params.stop_token_ids. Raises RequestError
     for an empty prompt, ids outside the vocabulary, and a length beyond the model's positions.
     """
-    _check(model, prompt, params)
-    return decode(model, list(prompt), params, end_ids(model) | set(params.stop_token_ids))
+    _refuse_what_needs_an_engine(params)
+    check_prompt(prompt, params, model.config.vocab_size, model.config.max_position_embeddings)
+    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else end_ids(model))
+    return decode(model, list(prompt), params, ends)
 
 
 def generate_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, params: SamplingParams) -> Iterator[str]:
@@ -41,41 +44,44 @@ def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def _until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """`pieces` up to the first stop string. What could be the start of one is held back until it is not."""
-    held = ""
+    """`pieces` up to the first stop string."""
+    stop = StopText(stops)
     for piece in pieces:
-        held += piece
-        found = [place for stop in stops if (place := held.find(stop)) >= 0]
-        if found:
-            held = held[: min(found)]
-            break
-        safe = len(held) - _held_back(held, stops)
+        safe = stop.add(piece)
         if safe:
-            yield held[:safe]
-            held = held[safe:]
-    if held:
-        yield held
+            yield safe
+        if stop.found is not None:
+            return
+    if rest := stop.finish():
+        yield rest
 
 
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that starts a stop string."""
-    sizes = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-    return max(sizes, default=0)
-
-
-def _check(model: LanguageModel, prompt: Sequence[int], params: SamplingParams) -> None:
+def check_prompt(prompt: Sequence[int], params: SamplingParams, vocabulary: int, positions: int) -> None:
+    """Raise RequestError for an empty prompt, ids outside the vocabulary, and a length beyond the positions."""
     if not prompt:
         raise RequestError("the prompt has no tokens", hint="give at least one character of text")
-    wrong = next((token for token in prompt if not 0 <= token < model.config.vocab_size), None)
+    wrong = next((token for token in prompt if not 0 <= token < vocabulary), None)
     if wrong is not None:
         raise RequestError(
-            f"the prompt holds token {wrong}; the model's vocabulary is 0 to {model.config.vocab_size - 1}",
+            f"the prompt holds token {wrong}; the model's vocabulary is 0 to {vocabulary - 1}",
             hint="is this the model's own tokenizer?",
         )
-    limit = model.config.max_position_embeddings
-    if len(prompt) + params.max_tokens > limit:
-        room = limit - len(prompt)
+    biased = next((token for token in params.logit_bias if token >= vocabulary), None)
+    if biased is not None:
+        raise RequestError(f"logit_bias names token {biased}; the model's vocabulary is 0 to {vocabulary - 1}")
+    if len(prompt) + params.max_tokens > positions:
+        room = positions - len(prompt)
         raise RequestError(
-            f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} exceed the model's {limit} positions",
+            f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} exceed the model's {positions} positions",
             hint=f"set max_tokens to at most {room}" if room > 0 else "shorten the prompt",
         )
+
+
+def _refuse_what_needs_an_engine(params: SamplingParams) -> None:
+    plain = SamplingParams()
+    for name in ("n", "logprobs", "prompt_logprobs", "routed_experts", "json_schema", "regex", "grammar"):
+        if getattr(params, name) != getattr(plain, name):
+            raise RequestError(
+                f"plain generation gives one answer and no more; {name} is {getattr(params, name)!r}",
+                hint="use benthic.Engine",
+            )

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from benthic import ops
 from benthic.config.model import LATENT_NORM_EPS, ModelConfig
 from benthic.model.cache import Cache
+from benthic.model.pages import Pages
 from benthic.model.primitive import Linear, RMSNorm
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """The positions of one forward pass: their rotations, what they may see (None for all before), and the rows of
-    tokens before them, if any are kept."""
+    tokens before them, if any are kept: of sequences of equal length in a `cache`, or of any sequences in `pages`."""
 
     rotations: Complex64[Tensor, "positions pairs"]
     mask: Bool[Tensor, "batch_or_1 positions keys"] | None = None
     cache: Cache | None = None
+    pages: Pages | None = None
 
 
 class LatentAttention(nn.Module):
@@ -55,6 +57,8 @@ class LatentAttention(nn.Module):
         first, latent_and_key = self._first_projections(hidden)
         query = self.q_b_proj(self.q_a_layernorm(first)) if self.compresses_queries else first
         query = query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
+        if span.pages is not None:
+            return self._paged(query[0], latent_and_key[0], span.pages, span.rotations)
         latent, key = latent_and_key.split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
         if span.cache is not None:
@@ -83,6 +87,55 @@ class LatentAttention(nn.Module):
         first = self.q_a_proj if self.compresses_queries else self.q_proj
         return first(hidden), self.kv_a_proj_with_mqa(hidden)
 
+    def _paged(self, query: Tensor, projected: Tensor, pages: Pages, rotations: Tensor) -> Tensor:
+        """Sequences of few new tokens work on the latents, all in one call; expanding pays for the others.
+
+        `query` [T, H, N + R] and `projected` [T, C + R] are not turned yet; `rotations` are those of all positions.
+        """
+        pool = pages.pools[self.layer]
+        absorbed = query.new_empty((len(query), self.heads, self.rank + self.rotary_width))  # [T, H, C + R]
+        norm = self.kv_a_layernorm
+        where = (rotations, pages.positions, pages.slots, pool)
+        ops.turn_and_write_latents(query, projected, norm.weight, norm.eps, *where, absorbed, self.interleaved)
+        narrow = pages.narrower_than(self._rows_worth_expanding)
+        rows, parts = pages.bounds[narrow], []
+        if narrow:
+            parts.append(self._absorbed(query[:rows, :, : self.key_width], absorbed[:rows], pages.front(narrow)))
+        for index in range(narrow, len(pages.counts)):
+            mine = slice(pages.bounds[index], pages.bounds[index + 1])
+            whole = torch.cat((query[mine, :, : self.key_width], absorbed[mine, :, self.rank :]), -1)
+            parts.append(self._expanded(whole, pages, index))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [T, H, V]
+        return self.o_proj(out.flatten(1))[None]
+
+    def _absorbed(self, query: Tensor, absorbed: Tensor, pages: Pages) -> Tensor:
+        """Values [T, H, V] of queries [T, H, N], which move into the latent space, the first channels of `absorbed`."""
+        expansion = self.kv_b_proj.weight.view(self.heads, -1, self.rank)
+        latent_query = absorbed[..., : self.rank].transpose(0, 1)  # [H, T, C]
+        torch.bmm(query.transpose(0, 1), expansion[:, : self.key_width], out=latent_query)
+        where = (pages.pools[self.layer], pages.tables, pages.starts, pages.lengths)
+        context = ops.absorbed_paged_attention(absorbed, *where, self.scale, self.rank, pages.first)  # [T, H, C]
+        return torch.bmm(context.transpose(0, 1), expansion[:, self.key_width :].transpose(1, 2)).transpose(0, 1)
+
+    def _expanded(self, query: Tensor, pages: Pages, index: int) -> Tensor:
+        """Values [n, H, V] of one sequence's queries [n, H, N + R], over keys and values of all its rows."""
+        length = pages.totals[index]
+        stored = ops.gather_rows(pages.pools[self.layer], pages.tables[index : index + 1], length)[:, pages.first :]
+        latent, rotary_key = stored.split_with_sizes((self.rank, self.rotary_width), -1)  # [1, L, C], [1, L, R]
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
+        key, value = expanded.split_with_sizes((self.key_width, self.value_width), -1)
+        key = torch.cat((key, rotary_key[:, :, None].expand(-1, -1, self.heads, -1)), -1)
+        mask = ops.causal_mask(stored.shape[1] - len(query), len(query), query.device)
+        return ops.attention(query[None], key, value, self.scale, mask)[0]
+
+    @property
+    def _rows_worth_expanding(self) -> int:
+        """From how many queries on expanding L keys, L C (N + V) products, is repaid by the shorter query-key products,
+        N + R + V in place of 2 C + R."""
+        expanded = self.key_width + self.value_width
+        saved = 2 * self.rank - expanded
+        return self.rank * expanded // saved + 1 if saved > 0 else 2**62
+
 
 class PlainAttention(nn.Module):
     """Attention whose heads, or groups of heads, have keys and values of their own. With `qk_norm`, queries and keys
@@ -109,6 +162,8 @@ class PlainAttention(nn.Module):
         query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
         if self.normalises:
             query, key = self.q_norm(query), self.k_norm(key)
+        if span.pages is not None:
+            return self._paged(query[0], key[0], value[0], span.pages, span.rotations)
         query, key = self._turned(query, span.rotations), self._turned(key, span.rotations)
         if span.cache is not None:
             rows = span.cache.write(self.layer, torch.cat((key.flatten(2), value), -1))
@@ -116,6 +171,16 @@ class PlainAttention(nn.Module):
             key = key.unflatten(-1, (self.key_heads, -1))  # [B, L, Hk, Dq]
         out = ops.attention(query, key, value.unflatten(-1, (self.key_heads, -1)), self.scale, span.mask)
         return self.o_proj(out.flatten(2))
+
+    def _paged(self, query: Tensor, key: Tensor, value: Tensor, pages: Pages, rotations: Tensor) -> Tensor:
+        """Queries [T, H Dq], keys and values [T, Hk Dq] of all sequences' new tokens, in one call."""
+        query, key, value = (rows.view(len(rows), -1, self.head_width) for rows in (query, key, value))
+        pool = pages.pools[self.layer]
+        where = (rotations, pages.positions, pages.slots, pool)
+        turned = ops.turn_and_write_keys(query, key, value, *where, self.interleaved)  # [T, H, Dq]
+        where = (pool, pages.tables, pages.starts, pages.lengths)
+        out = ops.paged_attention(turned, *where, self.scale, self.key_heads, pages.first)
+        return self.o_proj(out.flatten(1))[None]
 
     def _turned(self, projected: Tensor, rotations: Tensor) -> Tensor:
         heads = projected.view(*projected.shape[:2], -1, self.head_width)  # [B, S, H, Dq]

@@ -13,16 +13,23 @@ from benthic.model.sampling import Sampler, SamplingParams
 
 
 @torch.inference_mode()
-def decode(model: LanguageModel, prompt: Sequence[int], params: SamplingParams, ends: Set[int]) -> Iterator[int]:
+def decode(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    ends: Set[int],
+    dtype: torch.dtype | None = None,
+) -> Iterator[int]:
     """Token ids that continue `prompt`, as they are drawn: at most params.max_tokens, and none from the first of `ends`
-    on. Raises RequestError where the prompt and those exceed the model's positions."""
+    on. `dtype` is what a model computes in whose weights are kept in another. Raises RequestError where the prompt and
+    those exceed the model's positions."""
     weight = model.head_weight
-    cache = Cache(model.config, 1, len(prompt) + params.max_tokens, weight.device, weight.dtype)
-    sampler, step = Sampler(params), list(prompt)
+    cache = Cache(model.config, 1, len(prompt) + params.max_tokens, weight.device, dtype or weight.dtype)
+    sampler, step = Sampler(params, list(prompt), ends), list(prompt)
     for _ in range(params.max_tokens):
         states = model.states(torch.tensor([step], device=weight.device), cache=cache)
         # The head at the last position alone: a long prompt's logits can be larger than the model.
-        token = sampler.draw(F.linear(states.hidden[0, -1], weight))
+        token = sampler.draw(F.linear(states.hidden[0, -1], model.head_weight))
         if token in ends:
             return
         yield token

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from benthic import ops
 from benthic.config.model import ModelConfig
 from benthic.model.primitive import Linear
+from benthic.ops.expert_decode import MOST_PAIRS
 from benthic.ops.route import Routing
 
 
@@ -63,7 +64,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner, device=device, dtype=dtype))
 
     def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Float[Tensor, "tokens width"]:
-        return ops.routed_experts(x, routing.experts, routing.weights, self.gate_up_proj, self.down_proj)
+        few = x.is_cuda and not torch.is_grad_enabled() and routing.experts.numel() <= MOST_PAIRS
+        experts = ops.few_token_experts if few else ops.routed_experts
+        return experts(x, routing.experts, routing.weights, self.gate_up_proj, self.down_proj)
 
 
 class ExpertLayer(nn.Module):

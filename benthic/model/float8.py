@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from benthic.config.manifest import parameters
 from benthic.errors import ConfigError
@@ -45,8 +46,10 @@ class WeightCopies:
     """The FP8 copies of some parameters, as of their last change.
 
     torch counts changes in place (`Tensor._version`); a kernel that writes into a parameter behind torch's back has to
-    say so by `torch.autograd.graph.increment_version`.
+    say so by `torch.autograd.graph.increment_version`. With `kept` False they are made each time.
     """
+
+    kept = True
 
     def __init__(self) -> None:
         self._state: tuple[tuple[int, int], ...] | None = None
@@ -55,10 +58,22 @@ class WeightCopies:
     def of(self, *weights: Tensor) -> Float8Weight:
         """`float8.quantise_weight(*weights)`, made when they have changed and not before."""
         state = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        if not self.kept:
+            return float8.quantise_weight(*weights)
         if self._copies is None or state != self._state:
             self._copies = None  # the old ones are freed before the new ones are made
             self._copies, self._state = float8.quantise_weight(*weights), state
         return self._copies
+
+
+def keep_no_copies(model: nn.Module) -> None:
+    """Make FP8 copies anew at each use of a weight that FSDP gathers: it does so in memory it has used before, which
+    torch counts as no change, and splits weights over ranks so that none need hold them all."""
+    for module in model.modules():
+        gathered = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+        for copies in (getattr(module, name, None) for name in ("copies", "down_copies")):
+            if gathered and isinstance(copies, WeightCopies):
+                copies.kept = False
 
 
 class Float8Linear(Linear):

@@ -16,6 +16,7 @@ from benthic.errors import RequestError
 from benthic.model.attention import Span
 from benthic.model.cache import Cache
 from benthic.model.layer import DecoderLayer, PredictionLayer
+from benthic.model.pages import Pages
 from benthic.model.primitive import Embedding, Linear, RMSNorm
 from benthic.ops.rotary import RotaryTable
 from benthic.ops.route import Routing
@@ -118,6 +119,33 @@ class LanguageModel(nn.Module):
             if chosen is not None:
                 routing[index] = chosen
         return States(hidden, predictions, routing)
+
+    def paged_states(self, tokens: Int64[Tensor, " tokens"], pages: Pages) -> States:
+        """States [1, T, D] of new tokens of several sequences, whose rows join those that `pages` tells of."""
+        span = self._paged_span(pages)
+        hidden, routing = self.model.embed_tokens(tokens)[None], {}
+        for index, layer in enumerate(islice(self.model.layers, self.config.num_hidden_layers)):
+            hidden, chosen = layer(hidden, span)
+            if chosen is not None:
+                routing[index] = chosen
+        return States(self.model.norm(hidden), [], routing)
+
+    def paged_prediction(
+        self, index: int, tokens: Int64[Tensor, " tokens"], known: Float[Tensor, "tokens width"], pages: Pages
+    ) -> Float[Tensor, "tokens width"]:
+        """The state of prediction layer `index` (0 the first) at each of `tokens`, from the state before it.
+
+        Row and position are those of the token, not of the state: what a row holds then depends on no later token, so
+        that sequences with equal beginnings share it. No row stands at position 0: `pages.first` is at least 1.
+        """
+        layer = self.model.layers[self.config.num_hidden_layers + index]
+        state, _ = layer(self.model.embed_tokens(tokens)[None], known[None], self._paged_span(pages))
+        return state[0]
+
+    def _paged_span(self, pages: Pages) -> Span:
+        """Rotations of all positions: each token's own is found on the device."""
+        rotations = self._rotations.rows(0, self.config.max_position_embeddings, pages.positions.device)
+        return Span(rotations, pages=pages)
 
     def _span(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> Span:
         start, length = cache.length if cache is not None else 0, input_ids.shape[1]

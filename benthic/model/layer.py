@@ -25,7 +25,8 @@ class Layer(nn.Module):
             self.input_layernorm = RMSNorm(*norm)
         self.self_attn = attention(config, layer, device, dtype)
         self.post_attention_layernorm = RMSNorm(*norm)
-        if config.is_expert_layer(layer):
+        self.has_experts = config.is_expert_layer(layer)
+        if self.has_experts:
             self.mlp = ExpertLayer(config, device, dtype)
         else:
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size, device, dtype)
@@ -47,7 +48,7 @@ class Layer(nn.Module):
         return hidden + self.post_feedforward_layernorm(out), routing
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
-        return self.mlp(x) if isinstance(self.mlp, ExpertLayer) else (self.mlp(x), None)
+        return self.mlp(x) if self.has_experts else (self.mlp(x), None)
 
 
 class DecoderLayer(Layer):

@@ -7,9 +7,15 @@ from collections.abc import Callable
 from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError, did_you_mean
 from benthic.recipes.demo import demo
+from benthic.recipes.published import deepseek_v3, v2_lite
 from benthic.recipes.tiny import tiny
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "tiny": tiny}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "demo": demo,
+    "tiny": tiny,
+    "v2-lite": v2_lite,
+    "deepseek-v3": deepseek_v3,
+}
 
 
 def find_recipe(name: str) -> Callable[[], TrainConfig]:

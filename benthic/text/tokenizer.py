@@ -90,6 +90,11 @@ class Tokenizer:
         """One more than the largest id; a model's embedding may have more rows, never fewer."""
         return max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that no plain text has: special tokens, and the markers of users and tools."""
+        return self.special_ids | frozenset(self._control.values())
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of what decides the ids of a text: the vocabulary file and the special ids."""

@@ -82,7 +82,7 @@ def publish_folder(final: Path, what: str, fill: Callable[[Path], None]) -> None
 
     What stood there is moved aside and deleted last, so that a whole folder is on the disk at every moment.
     """
-    partial, aside = final.with_name(f".{final.name}{PARTIAL}"), _aside(final)
+    partial, aside = partial_name(final), _aside(final)
     with explained(what, final):
         put_back(final.parent)
         remove_folder(partial)
@@ -100,6 +100,11 @@ def publish_folder(final: Path, what: str, fill: Callable[[Path], None]) -> None
             put_back(final.parent)
             raise
         remove_folder(aside)
+
+
+def partial_name(final: Path) -> Path:
+    """Where `publish_folder` lets a folder be filled."""
+    return final.with_name(f".{final.name}{PARTIAL}")
 
 
 def put_back(folder: Path) -> list[str]:

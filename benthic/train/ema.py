@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from benthic.parallel.placement import forget_gathered, local
+
 
 class Average:
     """float32 averages by name, in the memory of the weights' device.
@@ -51,7 +53,8 @@ class Average:
     def installed(self, model: torch.nn.Module) -> Iterator[None]:
         """Inside, `model` computes with the averages; its own tensors are put back afterwards, bit for bit."""
         averages = self.tensors
-        live = {name: tensor for name, tensor in model.state_dict().items() if name in averages}
+        live = {name: local(tensor) for name, tensor in model.state_dict().items() if name in averages}
+        forget_gathered(model)
         kept = {name: tensor.clone() for name, tensor in live.items()}
         try:
             with torch.no_grad():
@@ -59,6 +62,7 @@ class Average:
                     tensor.copy_(averages[name])
             yield
         finally:
+            forget_gathered(model)
             with torch.no_grad():
                 for name, tensor in live.items():
                     tensor.copy_(kept[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from benthic.data import Batch, validation_batches
 from benthic.data.tokens import TokenFile
 from benthic.model.language_model import LanguageModel
+from benthic.parallel.placement import forget_gathered
+from benthic.parallel.world import ALONE, World
 from benthic.train.balance import count_loads, max_violation
 from benthic.train.loss import IGNORED, forward, labels
 
@@ -62,12 +65,17 @@ def held_out(source: TokenFile, sequence_length: int, size: int, max_tokens: int
 
 
 @torch.no_grad()
-def validate(model: LanguageModel, batches: Iterable[Batch], token_bytes: Tensor, masked: bool) -> Validation:
-    """Read `batches` with `model`. `token_bytes` int64 [V] says how many bytes of text each token stands for."""
+def validate(
+    model: LanguageModel, batches: Iterable[Batch], token_bytes: Tensor, masked: bool, world: World = ALONE
+) -> Validation:
+    """Read `batches` with `model`, each on one of the ranks. `token_bytes` int64 [V] says how many bytes of text each
+    token stands for."""
     depths = model.config.num_nextn_predict_layers
     total = Validation(agreed=[0] * depths, compared=[0] * depths)
-    for batch in batches:
+    for batch, counts in _turns(batches, world):
         states = forward(model, batch, masked, min(depths, batch.tokens.shape[1] - 2))
+        if not counts:
+            continue
         targets = labels(batch, 0, masked).flatten()
         nats, likeliest = _head(model, states.hidden, targets)
         counted = targets[targets != IGNORED]
@@ -83,7 +91,31 @@ def validate(model: LanguageModel, batches: Iterable[Batch], token_bytes: Tensor
         for layer, routing in states.routing.items():
             load = count_loads(routing.experts, routing.scores.shape[-1])
             total.loads[layer] = total.loads[layer] + load if layer in total.loads else load
-    return total
+    forget_gathered(model)
+    return _over_ranks(total, model, world, token_bytes.device)
+
+
+def _turns(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches of a list that all ranks walk through alike, and whether they count. Ranks pass the same
+    layers together, so a turn has sequences of one length, and where there is no batch left one is read in vain."""
+    for _, alike in groupby(batches, lambda batch: batch.tokens.shape[1]):
+        while turn := list(islice(alike, world.size)):
+            yield turn[min(world.rank, len(turn) - 1)], world.rank < len(turn)
+
+
+def _over_ranks(total: Validation, model: LanguageModel, world: World, device: torch.device) -> Validation:
+    """The sums of all ranks."""
+    if world.size == 1:
+        return total
+    nats = torch.tensor(total.nats, dtype=torch.float64, device=device)
+    depths = len(total.agreed)
+    counts = torch.tensor([total.tokens, total.text_bytes, *total.agreed, *total.compared], device=device)
+    layers = [layer for layer in range(depths + model.config.num_hidden_layers) if model.config.is_expert_layer(layer)]
+    none = torch.zeros(model.config.n_routed_experts or 0, dtype=torch.int64, device=device)
+    loads = {layer: total.loads.get(layer, none.clone()) for layer in layers}
+    world.add_up(nats, counts, *loads.values())
+    tokens, text_bytes, *rest = counts.tolist()
+    return Validation(float(nats), tokens, text_bytes, rest[:depths], rest[depths:], loads)
 
 
 def _head(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[float, Tensor]:

@@ -45,7 +45,7 @@ def training_of(config: TrainConfig, compute: str) -> Training:
     return Training(
         sequence_length=config.data.sequence_length,
         micro_batch=micro,
-        micro_batches=max(1, int(config.batch.sequences.peak) // micro),
+        micro_batches=max(1, int(config.batch.sequences.peak) // (micro * config.parallel.data)),
         precision=PRECISIONS[compute],
         bf16_moments=config.precision.moments == "bfloat16",
         recomputation=memory.recomputation,
@@ -55,7 +55,7 @@ def training_of(config: TrainConfig, compute: str) -> Training:
 
 
 def plan_run(config: TrainConfig, device: Device) -> RunPlan:
-    """The plan of a run on one `device`; "auto" precision is what the trainer would choose there."""
+    """The plan of a run on one `device` a rank; "auto" precision is what the trainer would choose there."""
     compute = config.precision.compute
     if compute == "auto":
         compute = "float32" if device.name == "cpu" else "bfloat16"
@@ -64,25 +64,25 @@ def plan_run(config: TrainConfig, device: Device) -> RunPlan:
         device=device,
         parameters=count_parameters(config.model),
         tokens=planned_tokens(config),
-        memory=_on_device(training_memory(config.model, training, device=device), config),
-        step=step_time(config.model, training, device),
+        memory=_on_device(training_memory(config.model, training, config.parallel, device=device), config),
+        step=step_time(config.model, training, device, config.parallel),
     )
 
 
 def require_room(config: TrainConfig, title: str, available_bytes: int) -> TrainingMemory:
-    """The memory of a run whose device, called `title`, has `available_bytes` left.
+    """The memory of a run, of its fullest rank, whose device, called `title`, has `available_bytes` left.
 
     `config` says what it computes in and on, "auto" no longer. Raises CapacityError with the largest setting that
     fits, in the run's words.
     """
-    training = training_of(config, config.precision.compute)
+    training, layout = training_of(config, config.precision.compute), config.parallel
     # Of a device, memory takes only what CUDA keeps for itself, the same on every GPU.
     like = find_device("cpu" if config.device == "cpu" else "h200")
-    everything = training_memory(config.model, training, device=like)
+    everything = training_memory(config.model, training, layout, device=like)
     elsewhere = everything.total - _on_device(everything, config).total
     device = replace(like, title=title, memory_bytes=int(available_bytes + elsewhere))
     try:
-        memory = require_fit(config.model, training, device, recomputations=("none", "up_projections", "layer"))
+        memory = require_fit(config.model, training, device, layout, ("none", "up_projections", "layer"))
     except CapacityError as error:
         options = (
             "the options are --batch.micro_sequences, --memory.recomputation, --data.sequence_length and "

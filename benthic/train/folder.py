@@ -19,7 +19,7 @@ from benthic.files import write_atomic
 from benthic.log import logger
 from benthic.train.disk import explained, put_back, sweep
 
-HARMLESS = ("name", "device", "logging", "sampling", "evaluation", "checkpoint", "memory")
+HARMLESS = ("name", "device", "logging", "sampling", "evaluation", "checkpoint", "memory", "parallel")
 """Settings that may differ on resume, by their first word: none of them touches a weight."""
 
 NO_RUN = (".lock", "data")

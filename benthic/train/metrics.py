@@ -25,9 +25,12 @@ from benthic.train.step import Update
 class Meter:
     """Times updates and turns them into rows. Time in which nothing trains (validation, saving) is `paused`."""
 
-    def __init__(self, model: ModelConfig, sequence_length: int, device: torch.device, compute: str) -> None:
+    def __init__(
+        self, model: ModelConfig, sequence_length: int, device: torch.device, compute: str, ranks: int = 1
+    ) -> None:
         self._flops_per_token = training_flops_per_token(model, sequence_length, include_mtp=True)
-        self._peak = peak_flops(device, compute)
+        peak = peak_flops(device, compute)
+        self._peak = None if peak is None else peak * ranks
         self._device = device
         self._has_predictions = model.num_nextn_predict_layers > 0
         self._has_experts = bool(model.n_routed_experts)

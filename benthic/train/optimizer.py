@@ -19,6 +19,8 @@ from benthic.errors import CheckpointError
 from benthic.model.language_model import LanguageModel
 from benthic.numerics.reference.adamw import Rule
 from benthic.ops.adamw import gradient_norms
+from benthic.parallel.placement import block, local
+from benthic.parallel.world import ALONE, World
 from benthic.train.adamw import FIRST, SECOND, OnePass, OnProcessor
 from benthic.train.offload import Lanes, lanes_of
 
@@ -36,16 +38,22 @@ class Optimizer:
         config: OptimizerConfig,
         moments: Literal["float32", "bfloat16"] = "float32",
         offload: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.config, self.updates = config, 0
         self.before_step: list[Callable[[], None]] = []
-        self._parameters: dict[str, Tensor] = dict(model.named_parameters())
+        self._world = world
+        self._trained = dict(model.named_parameters())
+        # FSDP's masters are float32 already, and gathered in the compute type: this rank's blocks are updated in place.
+        self._parameters: dict[str, Tensor] = {name: block(parameter) for name, parameter in self._trained.items()}
+        rows = list(parameters(model.config))
+        self._exchanged = {row.name for row in rows if row.part == "routed" and world.layout.expert > 1}
         self._sums: dict[str, Tensor] = {}
         self._device = next(iter(self._parameters.values())).device
         lanes = lanes_of(self._device) if offload else None
         self.masters = {name: self._master(name, parameter, lanes) for name, parameter in self._parameters.items()}
         decayed = config.decayed_groups
-        self._decayed = frozenset(row.name for row in parameters(model.config) if row.group in decayed)
+        self._decayed = frozenset(row.name for row in rows if row.group in decayed)
         if self._device.type == "cpu" and moments == "float32" and lanes is None:
             self._adamw = OnProcessor(config, self.masters, self._parameters, self._decayed)
         else:
@@ -67,20 +75,29 @@ class Optimizer:
         return master if lanes is None else lanes.keep(master)
 
     def gradients(self) -> dict[str, Tensor]:
-        """What backward passes have left since `zero_gradients`, by name."""
-        own = {name: one.grad for name, one in self._parameters.items() if one.grad is not None}
-        return own | self._sums
+        """What backward passes have left since `zero_gradients`, by name: of this rank's blocks, the sums over ranks.
+        A rank may hold nothing of a small tensor."""
+        own = {name: local(one.grad) for name, one in self._trained.items() if one.grad is not None}
+        return {name: gradient for name, gradient in own.items() if gradient.numel()} | self._sums
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the update before."""
         self._sums.clear()
-        for parameter in self._parameters.values():
+        for parameter in self._trained.values():
             parameter.grad = None
 
     def gradient_norms(self) -> dict[str, Tensor]:
         """The norm of each gradient by name, float32 scalars on the device."""
         found = self.gradients()
         return dict(zip(found, gradient_norms(list(found.values())).unbind(), strict=True))
+
+    def joint_norm(self, norms: Mapping[str, Tensor]) -> Tensor:
+        """The norm of all gradients together, on all ranks, from those of this rank's blocks by name."""
+        if self._world.size == 1:
+            return joint_norm(norms)
+        routed = {name: norm for name, norm in norms.items() if name in self._exchanged}
+        dense = {name: norm for name, norm in norms.items() if name not in self._exchanged}
+        return self._world.joint_norm(*(joint_norm(some) if some else None for some in (dense, routed)))
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_norm: Tensor, finite: Tensor | None = None) -> None:

@@ -14,10 +14,11 @@ from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
 from benthic.model.room import available_bytes
+from benthic.parallel.world import World, joined
 from benthic.plan.memory import TrainingMemory
+from benthic.train.distributed import check_batches, entered, own_device, processes_here
 from benthic.train.export import Facts, export
 from benthic.train.fit import compared, require_room
-from benthic.train.folder import RunFolder
 from benthic.train.progress import Lines, shown
 from benthic.train.signals import StopRequest, stop_requests
 from benthic.train.trainer import Trainer
@@ -48,26 +49,30 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
     loss or gradient that is not finite, CapacityError for a full disk.
     """
     config = resolved(config)
-    planned = _check_room(config)
-    with RunFolder.open(Path(folder), config, resume) as place, stop_requests() as stop:
-        trainer = Trainer(config, place)
-        if resume:
-            trainer.restore()
-            place.write_config(config)
-        began = time.monotonic()
-        finished = _train(trainer, stop)
-        seconds = time.monotonic() - began
-        if trainer.device.type == "cuda" and planned is not None:
-            logger.info("%s", compared(planned, torch.cuda.max_memory_allocated(trainer.device)))
-        return Summary(
-            folder=place.path,
-            step=trainer.step,
-            tokens=trainer.tokens,
-            seconds=seconds,
-            validation=trainer.validation,
-            model=place.model if finished else None,
-            interrupted=None if finished else stop.received,
-        )
+    # The wait for signals is outermost: where a rank dies torchrun sends the others SIGTERM, and one still says why.
+    with stop_requests() as stop, joined(config.parallel, config.model, own_device(config.device)) as world:
+        check_batches(config)
+        planned = _check_room(config, world)
+        with entered(Path(folder), config, resume, world) as place:
+            trainer = Trainer(config, place, world)
+            if resume:
+                trainer.restore()
+                if world.leads:
+                    place.write_config(config)
+            began = time.monotonic()
+            finished = _train(trainer, stop)
+            seconds = time.monotonic() - began
+            if trainer.device.type == "cuda" and planned is not None:
+                logger.info("%s", compared(planned, torch.cuda.max_memory_allocated(trainer.device)))
+            return Summary(
+                folder=place.path,
+                step=trainer.step,
+                tokens=trainer.tokens,
+                seconds=seconds,
+                validation=trainer.validation,
+                model=place.model if finished else None,
+                interrupted=None if finished else stop.received,
+            )
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
@@ -102,14 +107,17 @@ def _say_which_auxiliary_loss(config: TrainConfig) -> None:
         )
 
 
-def _check_room(config: TrainConfig) -> TrainingMemory | None:
+def _check_room(config: TrainConfig, world: World) -> TrainingMemory | None:
     """Refuse what cannot fit before anything is written; say and return what was planned otherwise."""
-    device = torch.device(config.device)
+    device = own_device(config.device)
     available = available_bytes(device)
     if available is None:
         logger.info("memory: this system does not tell how much is free, so nothing is checked")
         return None
     title = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+    if device.type == "cpu" and world.size > 1:
+        available //= processes_here()
+        title = "a process's share of this machine"
     memory = require_room(config, title, available)
     logger.info("memory: %.2f GiB planned, %.1f GiB free on %s", memory.total / 2**30, available / 2**30, title)
     return memory
@@ -121,17 +129,23 @@ def _train(trainer: Trainer, stop: StopRequest) -> bool:
     with shown(config.steps, trainer.step) as display:
         trainer.announce(display)
         trainer.meter.start()
-        while trainer.step < config.steps and (trainer.launched or not stop.received):
-            ahead = trainer.device.type in ASYNCHRONOUS and not stop.received and not _pauses(config, trainer.step + 1)
+        world = trainer.world
+        stopping = world.agree(bool(stop.received))
+        while trainer.step < config.steps and (trainer.launched or not stopping):
+            ahead = trainer.device.type in ASYNCHRONOUS and not stopping and not _pauses(config, trainer.step + 1)
             trainer.make_update(display, ahead)
             paused = trainer.meter.pause()
             _between_updates(trainer, display)
             trainer.meter.unpause(paused)
-        if not stop.received:
+            stopping = world.agree(bool(stop.received))
+        if not stopping:
+            trainer.finish_saving()
             _finish(trainer, display)
             return True
         if trainer.saved != trainer.step:
             trainer.save()
+        trainer.finish_saving()
+        stop.received = stop.received or signal.SIGTERM  # it came to another rank
         display.note(f"{stop.received.name}: saved step {trainer.step}; continue with --resume")
         return False
 
@@ -164,5 +178,7 @@ def _finish(trainer: Trainer, display: Lines) -> None:
         tokens=trainer.tokens,
         validation={name: value for name, value in trainer.validation.items() if name not in ("step", "tokens")},
     )
-    export(trainer.finished_weights(), trainer.config, trainer.tokenizer, trainer.folder.model, facts)
+    if trainer.world.leads:
+        export(trainer.finished_weights(), trainer.config, trainer.tokenizer, trainer.folder.model, facts)
+    trainer.world.wait_for_all()
     display.note(f"model written to {trainer.folder.model}")

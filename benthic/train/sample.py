@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import torch
+
 from benthic.model.decoding import decode
 from benthic.model.language_model import LanguageModel
 from benthic.model.sampling import SamplingParams
 from benthic.text.tokenizer import Tokenizer
 
 
-def complete(model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_tokens: int, temperature: float) -> str:
+def complete(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    dtype: torch.dtype | None = None,
+) -> str:
     """What follows `prompt`: at most `max_tokens` tokens, fewer at the end of text or of the model's positions.
 
     Temperature 0 takes the likeliest token; otherwise the draws are the same every time, whatever else is random.
+    `dtype` as for `decode`. A model that is spread over ranks is asked the same on all of them.
     """
     ids = tokenizer.encode(prompt, add_bos=tokenizer.add_bos_token)
     room = model.config.max_position_embeddings - len(ids)
@@ -19,4 +29,4 @@ def complete(model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_tokens
         return ""
     params = SamplingParams(max_tokens=min(max_tokens, room), temperature=temperature, seed=0)
     ends = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
-    return tokenizer.decode(list(decode(model, ids, params, ends)))
+    return tokenizer.decode(list(decode(model, ids, params, ends, dtype)))

@@ -47,12 +47,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One saved state in memory: numbers and named tensors."""
+    """One saved state in memory: numbers and named tensors, and where torch's generators were when it was made."""
 
     progress: Progress
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     average: Mapping[str, Tensor] | None
+    generators: Mapping[str, Tensor] = field(default_factory=lambda: _generators())
 
 
 def complete_states(checkpoints: Path) -> list[Path]:
@@ -61,33 +62,59 @@ def complete_states(checkpoints: Path) -> list[Path]:
     return sorted(path for path in numbered if path.is_dir())
 
 
+def state_folder(checkpoints: Path, step: int) -> Path:
+    """Where the state after `step` updates belongs."""
+    return checkpoints / f"{_PREFIX}{step:08d}"
+
+
 def save_state(checkpoints: Path, state: State, keep: int | None) -> Path:
     """Write `state`, then delete all but the newest `keep`; the folder it is in.
 
     Raises CapacityError when there is no room and RunError when writing is refused; older states stay as they were.
     """
     step = state.progress.step
-    final = checkpoints / f"{_PREFIX}{step:08d}"
+    final = state_folder(checkpoints, step)
 
     def fill(folder: Path) -> None:
         write_tensors(folder / "weights.safetensors", state.weights)
         write_tensors(folder / "moments.safetensors", state.moments)
         if state.average is not None:
             write_tensors(folder / "average.safetensors", state.average)
-        write_tensors(folder / "random.safetensors", _generators())
-        numbers = {"format": FORMAT, "torch": torch.__version__, **asdict(state.progress)}
-        write_atomic(folder / "state.json", json.dumps(numbers, indent=2) + "\n")
-        sync(folder)
+        write_numbers(folder, state)
 
     publish_folder(final, f"the training state of step {step}", fill)
+    keep_newest(checkpoints, keep)
+    return final
+
+
+def write_numbers(folder: Path, state: State) -> None:
+    """What of a state is no weight, the last to be written into its folder."""
+    write_tensors(folder / "random.safetensors", state.generators)
+    numbers = {"format": FORMAT, "torch": torch.__version__, **asdict(state.progress)}
+    write_atomic(folder / "state.json", json.dumps(numbers, indent=2) + "\n")
+    sync(folder)
+
+
+def keep_newest(checkpoints: Path, keep: int | None) -> None:
+    """Delete all states but the newest `keep`."""
     if keep is not None:
         for old in complete_states(checkpoints)[:-keep]:
             remove_folder(old)
-    return final
 
 
 def read_state(folder: Path, device: torch.device) -> State:
     """Read a state and set torch's generators to it. Raises CheckpointError naming the file that is wrong."""
+    average = folder / "average.safetensors"
+    return State(
+        progress=read_numbers(folder),
+        weights=_tensors(folder / "weights.safetensors", device),
+        moments=_tensors(folder / "moments.safetensors", device),
+        average=_tensors(average, device) if average.exists() else None,
+    )
+
+
+def read_numbers(folder: Path) -> Progress:
+    """The numbers of a state, and torch's generators set to it."""
     try:
         numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         found = numbers.pop("format", None)
@@ -101,13 +128,7 @@ def read_state(folder: Path, device: torch.device) -> State:
         _set_generators(_tensors(folder / "random.safetensors", torch.device("cpu")))
     except (KeyError, RuntimeError, TypeError) as error:
         raise _damaged(folder / "random.safetensors", error) from None
-    average = folder / "average.safetensors"
-    return State(
-        progress=progress,
-        weights=_tensors(folder / "weights.safetensors", device),
-        moments=_tensors(folder / "moments.safetensors", device),
-        average=_tensors(average, device) if average.exists() else None,
-    )
+    return progress
 
 
 def _progress(numbers: dict[str, Any]) -> Progress:

@@ -20,10 +20,12 @@ from benthic.data import Batch
 from benthic.errors import NumericsError
 from benthic.files import write_atomic
 from benthic.model.language_model import LanguageModel
+from benthic.parallel.placement import forget_gathered, sum_gradients
+from benthic.parallel.world import ALONE, World
 from benthic.train.balance import move_biases, scaled_speed
 from benthic.train.disk import publish_folder, write_tensors
 from benthic.train.loss import IGNORED, Losses, Scale, labels, losses
-from benthic.train.optimizer import Optimizer, joint_norm
+from benthic.train.optimizer import Optimizer
 from benthic.train.schedule import Place, value
 
 
@@ -80,36 +82,44 @@ def launch(
     place: Place,
     config: TrainConfig,
     before: Launched | None = None,
+    world: World = ALONE,
 ) -> Launched:
-    """Enqueue an update on `batch`, which is the host's; nothing here waits for the device.
+    """Enqueue an update on `batch`, which is the host's: this rank's share of the whole. One process alone waits for
+    no device here.
 
     `before` is an update that has not been finished yet: where it fails, this one changes nothing either.
     """
     masked = config.data.mask_documents
-    scale = Scale(int((labels(batch, 0, masked) != IGNORED).sum()), len(batch.tokens))
+    ranks = config.parallel.data
+    scale = Scale(world.total(int((labels(batch, 0, masked) != IGNORED).sum())), len(batch.tokens) * ranks)
     weight = value(config.prediction.weight, place)
     optimizer.zero_gradients()
+    forget_gathered(model)
     parts: list[Losses] = []
-    for micro in micro_batches(on_device(batch, model.head_weight.device), config.batch.micro_sequences):
+    micros = list(micro_batches(on_device(batch, model.head_weight.device), config.batch.micro_sequences))
+    for micro in micros:
+        sum_gradients(model, micro is micros[-1], world)
         part = losses(model, micro, scale, masked, weight, config.balance)
         part.total.backward()
         part.total = part.total.detach()
         parts.append(part)
     norms = optimizer.gradient_norms()
-    norm = joint_norm(norms)
-    finite = norm.isfinite() & torch.stack([part.total for part in parts]).sum().isfinite()
+    norm = optimizer.joint_norm(norms)
+    recorded = [torch.stack((part.main, part.prediction, part.balance, part.total)) for part in parts]
+    sums = torch.stack(recorded).sum(0)
+    loads = {layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads}
+    world.add_up(sums, *loads.values())
+    *seen, total = sums
+    finite = norm.isfinite() & total.isfinite()
     if before is not None:
         finite &= before.finite
     learning_rate = value(config.optimizer.learning_rate, place)
     optimizer.step(learning_rate, norm, finite)
-    loads = {layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads}
-    balance, tokens = config.balance, batch.tokens[:, 1:].numel()
+    balance, tokens = config.balance, batch.tokens[:, 1:].numel() * ranks
     speed = scaled_speed(value(balance.speed, place), tokens, balance.reference_tokens)
     # Loads of zero are even loads: where the update must not happen, no bias moves.
     move_biases(routing_biases(model), {layer: load * finite for layer, load in loads.items()}, balance, speed)
-    recorded = torch.stack([torch.stack((part.main, part.prediction, part.balance)) for part in parts]).sum(0)
-    numbers = torch.cat((recorded, torch.stack((norm, finite.float()))))
-    numbers = numbers.to("cpu", non_blocking=True)
+    numbers = torch.stack([*seen, norm, finite.float()]).to("cpu", non_blocking=True)
     if loads:
         together = torch.stack(list(loads.values())).to("cpu", non_blocking=True)
         loads = dict(zip(loads, together.unbind(), strict=True))
@@ -117,11 +127,11 @@ def launch(
     return Launched(place, scale, learning_rate, parts, norms, finite, numbers, loads, arrived, batch)
 
 
-def finish(launched: Launched, failures: Path) -> Update:
+def finish(launched: Launched, failures: Path, world: World = ALONE) -> Update:
     """Wait for an update and say what it saw.
 
     Raises NumericsError when the loss or the gradient was not finite: nothing has changed then, and the batch is left
-    under `failures`.
+    under `failures`, by the rank where it was seen first.
     """
     if launched.arrived is not None:
         launched.arrived.synchronize()
@@ -137,7 +147,7 @@ def finish(launched: Launched, failures: Path) -> Update:
         loads=launched.loads,
     )
     if not finite:
-        raise _not_finite(result, launched, failures)
+        raise _not_finite(result, launched, failures, world)
     return result
 
 
@@ -149,12 +159,16 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(tokens, documents)
 
 
-def _not_finite(result: Update, launched: Launched, failures: Path) -> NumericsError:
+def _not_finite(result: Update, launched: Launched, failures: Path, world: World) -> NumericsError:
     batch = launched.batch
     bad_parameters = [name for name, norm in launched.norms.items() if not norm.isfinite()]
     bad_parts = [index for index, part in enumerate(launched.parts) if not part.total.isfinite()]
+    # A bad loss names the rank it came from; a bad gradient has reached others by the time it is seen.
+    seen = world.first_true(bool(bad_parts))
+    rank = world.first_true(bool(bad_parameters)) if seen is None else seen
     facts = {
         "step": result.step,
+        "rank": rank,
         "learning_rate": result.learning_rate,
         "loss": str(result.loss),
         "mtp_loss": str(result.prediction_loss),
@@ -169,8 +183,11 @@ def _not_finite(result: Update, launched: Launched, failures: Path) -> NumericsE
         write_tensors(partial / "batch.safetensors", {"tokens": batch.tokens, "documents": batch.documents})
         write_atomic(partial / "report.json", json.dumps(facts, indent=2) + "\n")
 
-    publish_folder(folder, "the batch that failed", fill)
+    if rank == world.rank:
+        publish_folder(folder, "the batch that failed", fill)
     where = f"loss of micro-batch {bad_parts[0]}" if bad_parts else f"gradient of {', '.join(bad_parameters[:2])}"
+    if world.size > 1:
+        where = f"the {where if rank == world.rank else 'loss' if seen is not None else 'gradient'} on rank {rank}"
     return NumericsError(
         f"update {result.step} stopped before changing any weight: {where} is not finite "
         f"(loss {result.loss:.4g}, gradient norm {result.gradient_norm:.4g})",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,10 @@ from benthic.data import Loader, prepare
 from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
-from benthic.model.language_model import LanguageModel
+from benthic.parallel.placement import forget_gathered, local, parts
+from benthic.parallel.world import ALONE, World
+from benthic.train.background import Background, aside
+from benthic.train.distributed import build_model, compute_dtype
 from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
@@ -27,40 +32,43 @@ from benthic.train.progress import Lines
 from benthic.train.recomputation import recompute
 from benthic.train.sample import complete
 from benthic.train.schedule import Place, sequences_at
-from benthic.train.state import Progress, State, complete_states, read_state, save_state
+from benthic.train.sharded_state import ShardedStates, StoredTensors, is_sharded
+from benthic.train.state import Progress, State, complete_states, read_state, save_state, state_folder
 from benthic.train.step import Launched, finish, launch, on_device, routing_biases
 
 
 class Trainer:
     """Data, model, optimiser and average of one run, `step` updates old."""
 
-    def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
+    def __init__(self, config: TrainConfig, folder: RunFolder, world: World = ALONE) -> None:
         self.config = config
         self.folder = folder
-        self.device = torch.device(config.device)
-        self.corpus = prepare(config.data, folder.data)
+        self.world = world
+        self.device = torch.device(config.device) if world.size == 1 else world.device
+        with world.leader_first():
+            self.corpus = prepare(config.data, folder.data)
         self.tokenizer = self.corpus.tokenizer
-        self.loader = Loader(self.corpus.train, config.data.sequence_length, config.data.seed)
+        share = world.data_rank, config.parallel.data
+        self.loader = Loader(self.corpus.train, config.data.sequence_length, config.data.seed, *share)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self.tokenizer.vocab_size} tokens, but model.vocab_size is "
                 f"{config.model.vocab_size}"
             )
-        dtype = torch.float32 if config.precision.compute == "float32" else torch.bfloat16
-        self.model = LanguageModel(config.model, self.device, dtype)
+        self._dtype = compute_dtype(config)
+        self.model = build_model(config, world, self.device)
         torch.manual_seed(config.seed)
         if not complete_states(folder.checkpoints):
             self._first_weights()
-        if config.precision.compute == "float8":
-            from benthic.model.float8 import use_float8
-
-            use_float8(self.model)
         recompute(self.model, config.memory.recomputation)
         self.optimizer = Optimizer(
-            self.model, config.optimizer, config.precision.moments, config.memory.offload_optimizer
+            self.model, config.optimizer, config.precision.moments, config.memory.offload_optimizer, world
         )
         self.average = self._average()
-        self.meter = Meter(config.model, config.data.sequence_length, self.device, config.precision.compute)
+        compute = config.precision.compute
+        self.meter = Meter(config.model, config.data.sequence_length, self.device, compute, world.size)
+        self._saving = Background()
+        self._states = ShardedStates(config.model, world.aside() if config.checkpoint.asynchronous else world)
         self.step = self.tokens = 0
         self.launched: Launched | None = None
         self.saved: int | None = None
@@ -70,12 +78,19 @@ class Trainer:
     def _first_weights(self) -> None:
         """Those of another model's folder, or random ones."""
         if self.config.start_from is None:
-            initialise(self.model, self.config.seed)
+            initialise(self.model, self.config.seed, parts(self.config.model, self.world))
+            self._round_first_weights()
             return
         checkpoint = open_checkpoint(self.config.start_from)
         _refuse_other_mathematics(checkpoint.config, self.config.model, self.config.start_from)
         load_into(self.model, checkpoint)
         logger.info("weights of %s", self.config.start_from)
+
+    @torch.no_grad()
+    def _round_first_weights(self) -> None:
+        """One process draws its weights in the type it computes in; masters that FSDP keeps begin with the same."""
+        for parameter in self.model.parameters():
+            local(parameter).copy_(local(parameter).to(self._dtype))
 
     def _average(self) -> Average | None:
         decay = self.config.optimizer.ema_decay
@@ -100,9 +115,13 @@ class Trainer:
         return routing_biases(self.model)
 
     def finished_weights(self) -> Mapping[str, Tensor]:
-        """What the model folder holds: the last weights, or their average where the config says so."""
-        average = self.average
-        return average.tensors if average is not None and self.config.checkpoint.export_average else self.weights()
+        """What the model folder holds: the last weights, or their average where the config says so. Of a model that
+        is spread over ranks they are those last saved."""
+        averaged = self.average is not None and self.config.checkpoint.export_average
+        if self.world.size > 1:
+            folder = state_folder(self.folder.checkpoints, self.step)
+            return StoredTensors(folder / ("average" if averaged else "weights"))
+        return self.average.tensors if self.average is not None and averaged else self.weights()
 
     def announce(self, display: Lines) -> None:
         """Say what is about to train on what."""
@@ -119,25 +138,26 @@ class Trainer:
         """
         launched = self.launched or self._launch(None)
         self.launched = self._launch(launched) if ahead else None
-        done = finish(launched, self.folder.failures)
+        done = finish(launched, self.folder.failures, self.world)
         self.step, self.tokens = done.step, _tokens_after(launched)
         self.meter.count(done)
         display.updated(done, self.meter.tokens_per_second)
         logging, last = self.config.logging, self.step == self.config.steps
         if self.step % logging.every == 0 or self.step == 1 or last:
             row = self.meter.row(done, self.tokens)
-            self.folder.append("metrics.jsonl", row)
+            self._append("metrics.jsonl", row)
             display.row(row)
-        if done.loads and (self.step % logging.routing_every == 0 or last):
+        if self.world.leads and done.loads and (self.step % logging.routing_every == 0 or last):
             write_loads(self.folder.routing, done)
 
     def _launch(self, before: Launched | None) -> Launched:
         """The update after `before`, which may still be computed, or after the last one."""
         step, tokens = (self.step, self.tokens) if before is None else (before.place.step, _tokens_after(before))
         place = Place(step + 1, tokens, self.config.steps)
-        sizes = self.config.batch
-        batch = self.loader.next_batch(sequences_at(sizes.sequences, sizes.micro_sequences, place))
-        launched = launch(self.model, self.optimizer, batch, place, self.config, before)
+        sizes, ranks = self.config.batch, self.config.parallel.data
+        sequences = sequences_at(sizes.sequences, sizes.micro_sequences * ranks, place)
+        batch = self.loader.next_batch(sequences // ranks)
+        launched = launch(self.model, self.optimizer, batch, place, self.config, before, self.world)
         if self.average is not None:
             self.average.update(self.weights(), place.step)
         return launched
@@ -162,7 +182,7 @@ class Trainer:
             with self.average.installed(self.model):
                 averaged = self._validation(max_tokens)
             row |= {"ema_val_loss": averaged.loss, "ema_bits_per_byte": averaged.bits_per_byte}
-        self.folder.append("metrics.jsonl", row)
+        self._append("metrics.jsonl", row)
         self.validation = row
         if found.loss < self.best.get("val_loss", float("inf")):
             self.best = {"step": self.step, "val_loss": found.loss}
@@ -182,15 +202,21 @@ class Trainer:
         )
         placed = (on_device(batch, self.device) for batch in batches)
         token_bytes = self.corpus.token_bytes.to(self.device)
-        return validate(self.model, placed, token_bytes, config.data.mask_documents)
+        return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world)
 
     def sample(self, display: Lines) -> None:
         """Complete the config's prompts."""
         sampling = self.config.sampling
         for prompt in sampling.prompts:
-            text = complete(self.model, self.tokenizer, prompt, sampling.max_tokens, sampling.temperature)
-            self.folder.append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
+            limits = sampling.max_tokens, sampling.temperature
+            text = complete(self.model, self.tokenizer, prompt, *limits, self._dtype)
+            self._append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
             display.note(f"sample at step {self.step}:\n{prompt}{text}")
+        forget_gathered(self.model)
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if self.world.leads:
+            self.folder.append(name, row)
 
     def save(self) -> None:
         """Write the training state, keep the newest ones."""
@@ -204,17 +230,30 @@ class Trainer:
             corpus=self.corpus.manifest.key,
         )
         state = State(progress, self.weights(), self.optimizer.moments(), average)
-        save_state(self.folder.checkpoints, state, self.config.checkpoint.keep)
+        write = save_state if self.world.size == 1 else self._states.save
+        if self.config.checkpoint.asynchronous:
+            self._saving.begin(partial(write, self.folder.checkpoints, aside(state), self.config.checkpoint.keep))
+        else:
+            write(self.folder.checkpoints, state, self.config.checkpoint.keep)
         self.saved = self.step
+
+    def finish_saving(self) -> None:
+        """Wait for a state that is still being written; errors as `save_state`'s."""
+        self._saving.finish()
 
     def restore(self) -> None:
         """Continue from the newest saved state; from the start when the run was stopped before its first."""
         states = complete_states(self.folder.checkpoints)
         if states:
             # On the processor: a GPU that is full of this run has no room for its state twice.
-            self._take_over(read_state(states[-1], torch.device("cpu")))
-        self.folder.rewind(self.step)
+            self._take_over(self._saved_state(states[-1], torch.device("cpu")))
+        if self.world.leads:
+            self.folder.rewind(self.step)
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
+
+    def _saved_state(self, folder: Path, device: torch.device) -> State:
+        alone = self.world.size == 1 and not is_sharded(folder)
+        return read_state(folder, device) if alone else self._states.read(folder, device)
 
     @torch.no_grad()
     def _take_over(self, state: State) -> None:
@@ -241,8 +280,8 @@ class Trainer:
 
 
 def _tokens_after(launched: Launched) -> int:
-    """Tokens the run has trained on with this update."""
-    return launched.place.tokens + launched.batch.tokens[:, 1:].numel()
+    """Tokens the run has trained on with this update, on all ranks."""
+    return launched.place.tokens + launched.scale.sequences * (launched.batch.tokens.shape[1] - 1)
 
 
 def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: str) -> None:

@@ -62,3 +62,27 @@ def test_wrong_arguments_end_with_code_2_and_no_traceback(folder, arguments, mes
 def test_a_missing_folder_is_named(tmp_path, capsys):
     assert main(["generate", str(tmp_path / "absent"), "--prompt", "x"]) == 2
     assert "absent" in capsys.readouterr().err
+
+
+def test_the_engine_gives_what_the_plain_path_gives(folder, capsys):
+    arguments = ["generate", folder, "--prompt", "def add", "--max-tokens", "12", "--seed", "3"]
+    shown = []
+    for more in ([], ["--plain"], ["--speculative"]):
+        assert main([*arguments, *more]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2]
+    assert main([*arguments, "--plain", "--regex", "a+"]) == 2
+    assert "plain generation gives one answer and no more; regex is 'a+'" in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_becomes_a_file_of_answers(folder, tmp_path, capsys):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "def"}\n{"prompt": "add"}\n')
+    arguments = ["generate", folder, "--input", str(source), "--output", str(output), "--max-tokens", "5", "--json"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out) == {"answered": 2, "failed": 0, "completion_tokens": 10}
+    assert len(output.read_text().splitlines()) == 2
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["generate", folder, "--input", str(source)]) == 2
+    assert "--input and --output belong together" in capsys.readouterr().err

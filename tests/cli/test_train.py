@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from benthic.cli.main import main
-from benthic.cli.train import split_settings
+from benthic.cli.train import over_all_processes, split_settings
 from benthic.config.override import override
+from benthic.config.parallel import ParallelConfig
 from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError
 from benthic.train.run import run
@@ -148,3 +149,43 @@ def test_a_run_folder_in_the_wrong_place_is_told_its_place(tmp_path, capsys):
     assert f"--resume --run-folder {tmp_path}" in shown
     assert main(["train", "--resume", "--run-folder", str(tmp_path / "none")]) == 2
     assert "nothing to resume in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "processes", "shard"),
+    [
+        ("", {}, 1, None),  # nothing changes without torchrun
+        ("", {}, 4, "4"),
+        ("", {"parallel.expert": "2"}, 4, "4"),
+        ("", {"parallel.replicate": "2", "parallel.expert": "4"}, 8, "4"),
+        ("", {"parallel.shard": "3"}, 4, None),  # what was said stands, and is refused later
+        ("fsdp=4,ep=2", {}, 4, None),
+        ("fsdp=4,ep=2", {}, 2, "2"),  # a run goes on with fewer ranks
+        ("dp=2,fsdp=2", {}, 8, "4"),
+    ],
+)
+def test_weights_are_split_over_the_processes_that_no_other_axis_takes(layout, settings, processes, shard):
+    found = over_all_processes(ParallelConfig.parse(layout), settings, processes)
+    assert found.get("parallel.shard") == (shard or settings.get("parallel.shard"))
+
+
+def test_a_layout_for_many_processes_says_how_to_start_them(config, tmp_path, capsys):
+    told = refused(capsys, str(config), "--run-folder", str(tmp_path / "run"), "--parallel.shard", "2")
+    assert "the layout (fsdp=2,zero=3) is for 2 processes, but 1 were started" in told
+    assert "torchrun --nproc-per-node 2" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_over_ranks_is_planned_with_its_layout(capsys):
+    assert main(["train", "deepseek-v3", "--plan-only", "--plan-device", "h100"]) == 0
+    shown = capsys.readouterr().out
+    assert "1,024 x" in shown
+    assert "dp=2,fsdp=512,zero=3,ep=64" in shown
+    assert "DOES NOT FIT" not in shown
+
+
+def test_a_rank_that_does_not_speak_leaves_with_the_same_code(config, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(config), "--parallel.expert", "3"]) == 2
+    assert capsys.readouterr().err == ""

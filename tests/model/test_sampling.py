@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benthic.errors import ConfigError
-from benthic.model.sampling import Sampler, SamplingParams, distribution
+from benthic.model.sampling import Sampler, SamplingParams, distribution, distributions, pick
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0]).log_softmax(-1)
 
@@ -77,6 +77,9 @@ def test_a_seed_repeats_the_draws_and_their_frequencies_are_right():
         ({"top_k": -1}, "top_k: Input should be greater than or equal to 0"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"stop": ("",)}, "stop.0: String should have at least 1 character"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5; it can be at most max_tokens (4)"),
+        ({"regex": "a", "grammar": "b"}, "regex and grammar are both given; a text is bound to one form"),
+        ({"logit_bias": {1: 101.0}}, "logit_bias.1: Input should be less than or equal to 100"),
         ({"temprature": 1}, "did you mean 'temperature'?"),
     ],
 )
@@ -84,3 +87,60 @@ def test_wrong_settings_are_refused(values, message):
     with pytest.raises(ConfigError) as caught:
         SamplingParams(**values)
     assert message in str(caught.value)
+
+
+def test_min_p_keeps_tokens_of_a_share_of_the_likeliest():
+    # Probabilities 0.644, 0.237, 0.087, 0.032.
+    assert (distribution(LOGITS, SamplingParams(min_p=0.13)) > 0).tolist() == [True, True, True, False]
+    assert (distribution(LOGITS, SamplingParams(min_p=0.14)) > 0).tolist() == [True, True, False, False]
+    assert distribution(LOGITS, SamplingParams(min_p=1.0)).tolist() == [1, 0, 0, 0]
+
+
+def test_rows_of_a_batch_are_as_if_alone():
+    wishes = [
+        SamplingParams(temperature=0.5),
+        SamplingParams(top_k=2),
+        SamplingParams(top_p=0.8, temperature=2.0),
+        SamplingParams(min_p=0.3),
+        SamplingParams(temperature=0),
+    ]
+    together = distributions(LOGITS.expand(5, 4), wishes)
+    for row, params in zip(together, wishes, strict=True):
+        torch.testing.assert_close(row, distribution(LOGITS, params))
+
+
+def test_pick_takes_the_place_where_the_sum_passes_the_number_and_no_impossible_token():
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(5, 5)
+    assert pick(probabilities, [0.0, 0.2499, 0.25, 0.9, 1 - 2**-48]).tolist() == [1, 1, 3, 3, 3]
+
+
+def test_numbers_depend_on_seed_answer_and_place_and_fill_the_unit_interval():
+    def numbers(seed, index):
+        sampler = Sampler(SamplingParams(seed=seed), index=index)
+        return [sampler.uniform(place) for place in range(2000)]
+
+    first = numbers(1, 0)
+    assert first == numbers(1, 0)
+    assert len({*first, *numbers(2, 0), *numbers(1, 1)}) == 6000
+    counts = torch.histc(torch.tensor(first), 10, 0, 1)
+    # Four standard deviations of a tenth of 2,000: sqrt(2000 * 0.1 * 0.9) * 4 = 54.
+    assert (counts - 200).abs().max() < 54
+    assert Sampler(SamplingParams()).uniform(0) != Sampler(SamplingParams()).uniform(0)
+
+
+def test_penalties_bias_and_least_length_change_logits_as_documented():
+    logits = torch.tensor([2.0, -1.0, 0.5, 3.0])
+
+    def changed(drawn=(), prompt=(), ends=frozenset(), drafts=(), **values):
+        sampler = Sampler(SamplingParams(**values), prompt, ends)
+        sampler.drawn.extend(drawn)
+        return sampler.changed(logits, drafts).tolist()
+
+    assert changed([0, 0, 1], presence_penalty=0.5) == [1.5, -1.5, 0.5, 3.0]
+    assert changed([0, 0, 1], frequency_penalty=0.5) == [1.0, -1.5, 0.5, 3.0]
+    assert changed([0], drafts=[0, 1], frequency_penalty=0.5) == [1.0, -1.5, 0.5, 3.0]
+    assert changed([0], prompt=[1, 3, 3], repetition_penalty=2.0) == [1.0, -2.0, 0.5, 1.5]
+    assert changed(logit_bias={1: 4.0, 3: -100.0}) == [2.0, 3.0, 0.5, -97.0]
+    assert changed([2], ends=frozenset({3}), min_tokens=2) == [2.0, -1.0, 0.5, -torch.inf]
+    assert changed([2, 2], ends=frozenset({3}), min_tokens=2) == logits.tolist()
+    assert logits.tolist() == [2.0, -1.0, 0.5, 3.0]

@@ -1,0 +1,110 @@
+"""Who holds which block of the paged cache, and which blocks remember a prefix that may come again.
+
+A block is in one of three states: free; referenced, by one sequence or several with an equal beginning; or cached: no
+sequence holds it, but its content is known by a digest and is given up only when a block is needed, the one that was
+longest unused first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+Digest = bytes
+
+
+def chain(parent: Digest, tokens: Sequence[int]) -> Digest:
+    """What names a full block: its tokens and, through `parent`, all before them. The first parent of a sequence is its
+    salt, so that sequences of different salts never share."""
+    return blake2b(parent + b"".join(token.to_bytes(4, "little") for token in tokens), digest_size=16).digest()
+
+
+def salted(salt: str) -> Digest:
+    """The parent of a sequence's first block."""
+    return blake2b(salt.encode(), digest_size=16, person=b"benthic salt").digest()
+
+
+class BlockPool:
+    """`size` blocks, numbered from 0."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._free = list(range(size - 1, -1, -1))
+        self._references = [0] * size
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._by_digest: dict[Digest, int] = {}
+        self._digest_of: dict[int, Digest] = {}
+
+    @property
+    def available(self) -> int:
+        """Blocks that `take` can still give."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def referenced(self) -> int:
+        """Blocks that sequences hold."""
+        return self.size - self.available
+
+    def take(self) -> int:
+        """A block of unknown content, referenced once; `available` must not be 0."""
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            del self._by_digest[self._digest_of.pop(block)]
+        self._references[block] = 1
+        return block
+
+    def find(self, digest: Digest) -> int | None:
+        """The block of that content, if one is known."""
+        return self._by_digest.get(digest)
+
+    def is_cached(self, block: int) -> bool:
+        """Whether no sequence holds a known block, so that sharing it leaves one fewer to take."""
+        return block in self._cached
+
+    def share(self, block: int) -> None:
+        """One more reference to a block that `find` gave."""
+        self._cached.pop(block, None)
+        self._references[block] += 1
+
+    def publish(self, block: int, digest: Digest) -> None:
+        """Let others find a full block that will not change any more; the first of equal blocks stays the known one."""
+        if digest not in self._by_digest and block not in self._digest_of:
+            self._by_digest[digest] = block
+            self._digest_of[block] = digest
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """One reference less to each of a sequence's `blocks`, in the order of its tokens."""
+        # Last first: of a chain the end is given up before the beginning, without which it is of no use.
+        for block in reversed(list(blocks)):
+            self._references[block] -= 1
+            if not self._references[block]:
+                if block in self._digest_of:
+                    self._cached[block] = None
+                else:
+                    self._free.append(block)
+
+    def forget(self) -> None:
+        """Free every cached block, and let no referenced one be found: the model's weights changed."""
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._by_digest.clear()
+        self._digest_of.clear()
+
+    def check(self, held: Iterable[Sequence[int]] = ()) -> None:
+        """Raise AssertionError unless every block is in one state, and references are those of the sequences that hold
+        the blocks `held`."""
+        counted = [0] * self.size
+        for blocks in held:
+            for block in blocks:
+                counted[block] += 1
+        assert counted == self._references, f"references are {self._references}, held are {counted}"
+        free, cached = set(self._free), set(self._cached)
+        used = {block for block, count in enumerate(counted) if count}
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not free & cached | cached & used | free & used, "a block is in two states"
+        assert len(free) + len(cached) + len(used) == self.size, "a block is lost"
+        assert cached <= set(self._digest_of), "a cached block has no digest"
+        assert {block: digest for digest, block in self._by_digest.items()} == self._digest_of, "digests disagree"

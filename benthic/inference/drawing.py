@@ -1,0 +1,90 @@
+"""Tokens for all rows of a step at once, each by its own request's wishes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benthic.model.sampling import Sampler, distributions, pick
+
+
+class Row(NamedTuple):
+    """One token to draw: `drafts` are taken as drawn before it, and `allowed` bool [V] bounds the choice."""
+
+    sampler: Sampler
+    drafts: tuple[int, ...] = ()
+    allowed: Tensor | None = None
+
+
+class Drawn(NamedTuple):
+    """A drawn token, its log-probability by the model alone, and the likeliest alternatives if any were asked for.
+    `token` is None where nothing can be drawn: all is forbidden, or the logits are no numbers."""
+
+    token: int | None
+    logprob: float
+    alternatives: dict[int, float] | None
+
+
+def draw(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
+    """One token for each row of `logits` [R, V]."""
+    choice = _choice(logits, rows)
+    tokens = _tokens(choice, rows)
+    logprobs = log_probabilities(logits, tokens).tolist()
+    # One NaN or infinity among the logits makes their sum one too. A forbidden token wins where there is no other.
+    allowed = [True] * len(rows) if choice is logits else choice.amax(-1).isfinite().tolist()
+    alternatives = likeliest(logits, [row.sampler.params.logprobs for row in rows])
+    return [
+        Drawn(token if fine and math.isfinite(logprob) else None, logprob, other)
+        for token, fine, logprob, other in zip(tokens.tolist(), allowed, logprobs, alternatives, strict=True)
+    ]
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of one token a row: float32 [R]."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def likeliest(logits: Tensor, wanted: Sequence[int | None]) -> list[dict[int, float] | None]:
+    """The likeliest tokens of each row with their log-probabilities, as many as `wanted`; None for 0 or None."""
+    most = max((count or 0 for count in wanted), default=0)
+    if not most:
+        return [None] * len(wanted)
+    values, tokens = logits.float().log_softmax(-1).topk(min(most, logits.shape[-1]))
+    pairs = zip(wanted, tokens.tolist(), values.tolist(), strict=True)
+    return [dict(zip(ids[:count], row[:count], strict=True)) if count else None for count, ids, row in pairs]
+
+
+def _choice(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Logits as the requests change them."""
+    changed = [index for index, row in enumerate(rows) if row.sampler.params.changes_logits or row.allowed is not None]
+    if not changed:
+        return logits
+    choice = logits.float()
+    choice = choice.clone() if choice is logits else choice
+    for index in changed:
+        sampler, drafts, allowed = rows[index]
+        if sampler.params.changes_logits:
+            choice[index] = sampler.changed(logits[index], drafts)
+        if allowed is not None:
+            choice[index].masked_fill_(~allowed.to(choice.device), -torch.inf)
+    return choice
+
+
+def _tokens(choice: Tensor, rows: Sequence[Row]) -> Tensor:
+    tokens = choice.argmax(-1)
+    random = [index for index, row in enumerate(rows) if row.sampler.params.temperature > 0]
+    if random:
+        samplers = [rows[index].sampler for index in random]
+        uniforms = [
+            sampler.uniform(len(sampler.drawn) + len(rows[index].drafts))
+            for index, sampler in zip(random, samplers, strict=True)
+        ]
+        where = torch.tensor(random, device=choice.device)
+        probabilities = distributions(choice[where], [sampler.params for sampler in samplers])
+        tokens[where] = pick(probabilities, uniforms).clamp_(max=choice.shape[-1] - 1)
+    return tokens

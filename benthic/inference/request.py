@@ -1,0 +1,91 @@
+"""One answer in the making: its tokens, how many of them the model has seen, and the blocks that hold their rows."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from torch import Tensor
+
+from benthic.inference.blocks import Digest, chain
+from benthic.inference.completion import Completion
+from benthic.inference.form import Form
+from benthic.model.sampling import Sampler, SamplingParams
+
+
+class Status(Enum):
+    """Where a request stands."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Request:
+    """`tokens` are the prompt and what was drawn; rows of the first `computed` of them lie in `blocks`.
+
+    `rank` orders requests: the smallest is served first and given up last. `leader` is the request whose prompt this
+    one shares (n > 1): it waits until those blocks are filled. Prediction layers hold rows of positions below
+    `predicted` (0: none yet), and go on from the states `carried`, by the number of layers they went through.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: list[int],
+        sampler: Sampler,
+        rank: int,
+        salt: Digest,
+        index: int = 0,
+        leader: Request | None = None,
+    ) -> None:
+        self.id, self.rank, self.leader = request_id, rank, leader
+        self.sampler = sampler
+        self.tokens = list(prompt)
+        self.prompt_length = len(prompt)
+        self.status = Status.WAITING
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.drafts: list[int] = []
+        self.predicted = 0
+        self.carried: dict[int, Tensor] = {}
+        self.completion = Completion(prompt, index)
+        self.form: Form | None = None
+        self._digests = [salt]
+
+    @property
+    def params(self) -> SamplingParams:
+        """What was asked for."""
+        return self.sampler.params
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the model has not seen."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def tokens_left(self) -> int:
+        """How many more tokens may be drawn."""
+        return self.params.max_tokens - (len(self.tokens) - self.prompt_length)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but the last token have been seen, and that one was drawn."""
+        return self.remaining == 1 and len(self.tokens) > self.prompt_length
+
+    def put_back(self) -> None:
+        """Forget all rows; tokens stay."""
+        self.blocks, self.drafts, self.carried = [], [], {}
+        self.computed = self.predicted = 0
+
+    @property
+    def may_share(self) -> bool:
+        """Whether blocks of others can stand in for its own computation: not where something is wanted of each of the
+        prompt's tokens."""
+        return self.params.prompt_logprobs is None and not self.params.routed_experts
+
+    def digest(self, block: int, block_size: int) -> Digest:
+        """The name of one of its full blocks."""
+        while len(self._digests) <= block + 1:
+            begin = (len(self._digests) - 1) * block_size
+            self._digests.append(chain(self._digests[-1], self.tokens[begin : begin + block_size]))
+        return self._digests[block + 1]

@@ -1,0 +1,141 @@
+"""Attention over rows that lie in blocks of a pool: several sequences of different lengths in one call.
+
+The rows of sequence b fill the blocks of `tables[b]` in order. A call brings query rows `starts[b]` .. `starts[b + 1]`
+of each sequence; `lengths[b]` keys are there once the rows of these positions are written, so that with n query rows
+row i sees keys `first` .. lengths[b] - n + i. Query rows from the last start on belong to no sequence.
+References: numerics/reference/paged_latent_attention.py and paged_attention.py. No gradients.
+
+Pools hold finite numbers from the start, also where nothing was written: a hidden row is weighted by 0, and 0 x NaN is
+NaN. Entries of a table behind a sequence's last block are any valid block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor
+
+
+def write_rows(
+    pool: Float[Tensor, "blocks block width"], rows: Float[Tensor, "tokens width"], slots: Int64[Tensor, " tokens"]
+) -> None:
+    """Store `rows` in the pool; slot s is row s % block of block s // block. Negative ones, which come
+    last, are written nowhere."""
+    if len(slots) and int(slots[-1]) < 0:
+        kept = slots >= 0
+        rows, slots = rows[kept], slots[kept]
+    pool.view(-1, pool.shape[-1]).index_copy_(0, slots, rows)
+
+
+def gather_rows(
+    pool: Float[Tensor, "blocks block width"], tables: Int32[Tensor, "sequences max_blocks"], length: int
+) -> Float[Tensor, "sequences {length} width"]:
+    """The first `length` rows of each sequence; beyond a sequence's own length they are whatever its blocks hold."""
+    blocks = -(-length // pool.shape[1])
+    if len(tables) == 1 and blocks == 1 and not tables.is_cuda:
+        return pool[int(tables[0, 0]), :length][None]
+    rows = pool.index_select(0, tables[:, :blocks].flatten())
+    return rows.view(len(tables), -1, pool.shape[-1])[:, :length]
+
+
+def absorbed_paged_attention(
+    query: Float[Tensor, "tokens heads latent_and_rotary"],
+    pool: Float[Tensor, "blocks block latent_and_rotary"],
+    tables: Int32[Tensor, "sequences max_blocks"],
+    starts: Int32[Tensor, " sequences+1"],
+    lengths: Int32[Tensor, " sequences"],
+    scale: float,
+    rank: int,
+    first: int = 0,
+) -> Float[Tensor, "tokens heads {rank}"]:
+    """Latent attention of queries that were moved into the latent space and rotated (DeepSeek-V2, section 2.1.2).
+
+    A row of the pool is a latent [C], then a rotated key [R]; the result is a latent for each head.
+    """
+    if query.is_cuda:
+        from benthic.kernels import paged_latent_attention as kernel
+
+        return kernel.absorbed_paged_attention(query, pool, tables, starts, lengths, scale, rank, first)
+    parts = []
+    for part, rows, count, longest in _alike(starts, lengths):
+        keys = gather_rows(pool, tables[part], longest)  # [b, L, C + R]
+        queries = query[rows].view(len(keys), -1, query.shape[-1])  # [b, n H, C + R]
+        scores = torch.bmm(queries, keys.transpose(1, 2)).float() * scale  # [b, n H, L]
+        mask = _visible(lengths[part], count, longest, first)
+        if mask is not None:
+            scores = scores.view(len(keys), count, -1, longest).masked_fill_(~mask[:, :, None], -torch.inf)
+        weights = scores.view(len(keys), -1, longest).softmax(-1).type_as(keys)
+        parts.append(torch.bmm(weights, keys[..., :rank]).view(-1, query.shape[1], rank))
+    return _whole(parts, query)
+
+
+def paged_attention(
+    query: Float[Tensor, "tokens heads key_width"],
+    pool: Float[Tensor, "blocks block keys_and_values"],
+    tables: Int32[Tensor, "sequences max_blocks"],
+    starts: Int32[Tensor, " sequences+1"],
+    lengths: Int32[Tensor, " sequences"],
+    scale: float,
+    key_heads: int,
+    first: int = 0,
+) -> Float[Tensor, "tokens heads value_width"]:
+    """Attention with keys and values of their own: a row of the pool is keys [Hk, Dq], then values [Hk, Dv].
+
+    Query head h reads key head h // (H / Hk).
+    """
+    if query.is_cuda:
+        from benthic.kernels import paged_attention as kernel
+
+        return kernel.paged_attention(query, pool, tables, starts, lengths, scale, key_heads, first)
+    heads, width = query.shape[1:]
+    parts = []
+    for part, rows, count, longest in _alike(starts, lengths):
+        stored = gather_rows(pool, tables[part], longest)
+        key, value = stored.split_with_sizes((key_heads * width, stored.shape[-1] - key_heads * width), -1)
+        mask = _visible(lengths[part], count, longest, first)
+        out = F.scaled_dot_product_attention(
+            query[rows].view(len(stored), count, heads, width).transpose(1, 2),
+            key.unflatten(-1, (key_heads, -1)).transpose(1, 2),
+            value.unflatten(-1, (key_heads, -1)).transpose(1, 2),
+            attn_mask=None if mask is None else mask[:, None],
+            scale=scale,
+            enable_gqa=heads != key_heads,
+        )  # [b, H, n, Dv]
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return _whole(parts, query)
+
+
+def _whole(parts: list[Tensor], query: Tensor) -> Tensor:
+    """The results of all query rows; those of no sequence, which come last, are zeros."""
+    missing = len(query) - sum(map(len, parts))
+    if missing:
+        parts.append(query.new_zeros(missing, *parts[0].shape[1:]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _alike(starts: Tensor, lengths: Tensor) -> Iterator[tuple[slice, slice, int, int]]:
+    """Neighbouring sequences with equally many query rows: which they are, their rows, how many each has, and the keys
+    of the longest."""
+    bounds, totals = starts.tolist(), lengths.tolist()
+    begin = 0
+    for end in range(1, len(totals) + 1):
+        count = bounds[begin + 1] - bounds[begin]
+        if end == len(totals) or bounds[end + 1] - bounds[end] != count:
+            if count:
+                yield slice(begin, end), slice(bounds[begin], bounds[end]), count, max(totals[begin:end])
+            begin = end
+
+
+def _visible(
+    lengths: Int32[Tensor, " sequences"], count: int, longest: int, first: int
+) -> Bool[Tensor, "sequences {count} {longest}"] | None:
+    """Keys each query row sees; None where it is all of them."""
+    if count == 1 and len(lengths) == 1 and not first:
+        return None
+    keys = torch.arange(longest, device=lengths.device)
+    last = lengths[:, None] - count + torch.arange(count, device=lengths.device)  # [b, n]
+    seen = keys <= last[..., None]
+    return seen & (keys >= first) if first else seen

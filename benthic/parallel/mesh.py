@@ -1,0 +1,123 @@
+"""Which rank stands where: plain arithmetic on a ParallelConfig, no process needed.
+
+Ranks of a pipeline stage are numbered replicate, shard, context, tensor, the last running fastest. Experts are spread
+over consecutive ranks, so that the exchange, which sends most, stays inside a node as far as it can:
+
+    shard=4, expert=2         rank      0  1  2  3
+                              shard     0  1  2  3
+                              experts   a  b  a  b      ranks 0 and 2 hold copies of the same experts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benthic.config.model import ModelConfig
+from benthic.config.parallel import ParallelConfig
+from benthic.errors import ConfigError
+
+DENSE_AXES = ("pipeline", "replicate", "shard", "tensor")
+"""The mesh of all that is no routed expert. Its shard axis takes the context ranks in: they hold the same weights."""
+EXPERT_AXES = ("pipeline", "expert_replicate", "expert_shard", "expert")
+"""The same ranks as routed experts see them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Sizes of both meshes, in the order of their axes; each multiplies to the world."""
+
+    dense: tuple[int, int, int, int]
+    experts: tuple[int, int, int, int]
+
+    def dense_place(self, rank: int) -> tuple[int, ...]:
+        """Index of `rank` along DENSE_AXES."""
+        return _digits(rank, self.dense)
+
+    def expert_place(self, rank: int) -> tuple[int, ...]:
+        """Index of `rank` along EXPERT_AXES."""
+        return _digits(rank, self.experts)
+
+
+class Seat:
+    """One rank of a layout: all that decides which part of a model it holds."""
+
+    def __init__(self, layout: ParallelConfig, rank: int) -> None:
+        self.layout, self.rank = layout, rank
+        self.size, self.grid = layout.world, grid(layout)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a batch this rank reads, of `layout.data`."""
+        _, replica, shard, _ = self.grid.dense_place(self.rank)
+        return replica * self.grid.dense[2] + shard
+
+
+def grid(layout: ParallelConfig) -> Grid:
+    """The meshes of a layout. Without ZeRO (`zero` 0) nothing is split, so shard ranks are replicas too.
+
+    Copies of an expert are shards of it as far as they lie in one replica, and replicas beyond.
+    """
+    copies, shards = layout.expert_copies, layout.expert_shards
+    replicate, shard = layout.replicate, layout.dense_shards
+    if layout.zero == 0:
+        replicate, shard, shards = replicate * shard, 1, 1
+    return Grid(
+        dense=(layout.pipeline, replicate, shard, layout.tensor),
+        experts=(layout.pipeline, copies // shards, shards, layout.expert),
+    )
+
+
+def require_supported(layout: ParallelConfig, model: ModelConfig, world_size: int) -> None:
+    """Raise ConfigError for a layout that does not fit the processes or the model, or that the trainer cannot do."""
+    if layout.world != world_size:
+        raise ConfigError(
+            f"the layout ({layout}) is for {layout.world} processes, but {world_size} were started",
+            hint=f"torchrun --nproc-per-node {layout.world}, or choose axes that multiply to {world_size}",
+        )
+    for axis in ("pipeline", "tensor", "context"):
+        if getattr(layout, axis) > 1:
+            raise ConfigError(
+                f"parallel.{axis} is {getattr(layout, axis)}; the trainer spreads a run over replicate, shard and "
+                f"expert ranks, and leaves {axis} at 1",
+                hint="use parallel.shard for dense weights and parallel.expert for routed experts",
+            )
+    layout.check_model(model)
+    shards = grid(layout).experts[2]
+    for name, size in _expert_widths(model, layout.expert):
+        if shards > 1 and model.n_routed_experts // layout.expert % shards and size % shards:
+            raise ConfigError(
+                f"{model.n_routed_experts // layout.expert} experts a rank cannot be split over the {shards} ranks "
+                f"that hold them, and neither can {name} ({size})",
+                hint="choose parallel.expert and parallel.shard so that shard / expert divides one of them",
+            )
+
+
+def _expert_widths(model: ModelConfig, expert: int) -> list[tuple[str, int]]:
+    if expert == 1 or not model.n_routed_experts:
+        return []
+    return [("2 x moe_intermediate_size", 2 * model.moe_intermediate_size), ("hidden_size", model.hidden_size)]
+
+
+def description(layout: ParallelConfig, model: ModelConfig) -> str:
+    """The layout in a sentence, with what each axis is for."""
+    _, replicas, shards, _ = grid(layout).dense
+    split = {1: "optimiser states", 2: "optimiser states and gradients", 3: "weights, gradients and optimiser states"}
+    parts = [f"{layout.world} ranks"]
+    if shards > 1:
+        parts.append(f"{split[layout.zero]} split over {shards} (zero {layout.zero})")
+    if replicas > 1:
+        parts.append(f"{replicas} replicas, gradients summed over them")
+    if layout.expert > 1:
+        held = model.n_routed_experts // layout.expert
+        parts.append(
+            f"{model.n_routed_experts} experts over {layout.expert}, {held} each, in {layout.expert_copies} copies"
+        )
+    return "; ".join(parts)
+
+
+def _digits(number: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    digits: list[int] = []
+    for size in reversed(sizes):
+        number, digit = divmod(number, size)
+        digits.append(digit)
+    return tuple(reversed(digits))

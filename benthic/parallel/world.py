@@ -1,0 +1,158 @@
+"""The processes of a run: who this one is, its meshes, and the sums over all of them. One process alone has neither
+meshes nor collectives, and every method hands back what it was given."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from benthic.config.model import ModelConfig
+from benthic.config.parallel import ParallelConfig
+from benthic.errors import ConfigError
+from benthic.log import logger
+from benthic.parallel.faults import one_speaks
+from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, Seat, description, require_supported
+
+TIMEOUT = datetime.timedelta(minutes=5)
+"""How long a collective of an update waits for a rank that is alive and silent; a dead one is noticed at once."""
+PATIENCE = datetime.timedelta(hours=2)
+"""The same between updates, where one rank may tokenise a corpus or write a model while the others wait."""
+
+
+def started_processes() -> int:
+    """Processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class World(Seat):
+    """This process among those of the run; `rank` 0 writes files and speaks."""
+
+    def __init__(self, layout: ParallelConfig, device: torch.device) -> None:
+        super().__init__(layout, dist.get_rank() if layout.world > 1 else 0)
+        self.device = device
+        self.dense: DeviceMesh | None = None
+        self.experts: DeviceMesh | None = None
+        self.control: dist.ProcessGroup | None = None
+        if self.size > 1:
+            # Words between hosts go through their network, so that no GPU is waited for.
+            backend = "fake" if dist.get_backend() == "fake" else "gloo"
+            self.control = cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=PATIENCE))
+            self.dense = init_device_mesh(device.type, self.grid.dense, mesh_dim_names=DENSE_AXES)
+            self.experts = init_device_mesh(device.type, self.grid.experts, mesh_dim_names=EXPERT_AXES)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def aside(self) -> World:
+        """The same world, whose words between hosts do not mix with those of this one: for another thread."""
+        other = copy.copy(self)
+        if self.size > 1:
+            other.control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        return other
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Sum each tensor over all ranks, in place; one message for all of a type."""
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors) if self.size > 1 else ():
+            alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+            joined = torch.cat([tensor.flatten() for tensor in alike])
+            dist.all_reduce(joined)
+            for tensor, total in zip(alike, joined.split([tensor.numel() for tensor in alike]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        seen = torch.tensor(int(flag))
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control)
+        return bool(seen)
+
+    def first_true(self, flag: bool) -> int | None:
+        """The lowest rank whose flag is set, None if none is."""
+        seen = torch.tensor(self.rank if flag else self.size)
+        if self.size > 1:
+            dist.all_reduce(seen, dist.ReduceOp.MIN, group=self.control)
+        return int(seen) if int(seen) < self.size else None
+
+    def wait_for_all(self) -> None:
+        """Go on when every rank has come this far. What torch raises otherwise names the ranks that have not."""
+        if self.size > 1:
+            dist.monitored_barrier(self.control, timeout=PATIENCE, wait_all_ranks=True)
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """What is inside runs on rank 0, then on the others, which find what it made."""
+        if not self.leads:
+            self.wait_for_all()
+        try:
+            yield
+        finally:
+            if self.leads:
+                self.wait_for_all()
+
+    def joint_norm(self, dense: Tensor | None, routed: Tensor | None) -> Tensor:
+        """The norm, on all ranks, of what is spread over them as parameters are, from each rank's norms of its blocks
+        (None for no block): float32 scalar. Replicas hold the same numbers, so each gives its share."""
+        total = torch.zeros((), device=self.device)
+        for norm, copies in ((dense, self.grid.dense[1]), (routed, self.grid.experts[1])):
+            if norm is not None:
+                total += norm.square() / copies
+        self.add_up(total)
+        return total.sqrt()
+
+    def total(self, number: int) -> int:
+        """The sum of a number of each rank; no GPU is waited for."""
+        if self.size == 1:
+            return number
+        total = torch.tensor(number)
+        dist.all_reduce(total, group=self.control)
+        return int(total)
+
+
+ALONE = World(ParallelConfig(), torch.device("cpu"))
+"""One process, on whatever device."""
+
+
+@contextmanager
+def joined(layout: ParallelConfig, model: ModelConfig, device: torch.device) -> Iterator[World]:
+    """The world of a run that torchrun started; alone, nothing is joined. Raises ConfigError for a layout that does
+    not fit. Leaves the others on the way out."""
+    processes = started_processes()
+    if processes == 1:
+        require_supported(layout, model, processes)
+        yield World(layout, device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        raise ConfigError("this process is part of a process group already")
+    shared, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's store outlives the processes it starts again: what the last ones wrote is not for these.
+    store = dist.PrefixStore(f"benthic/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    level = logger.level
+    try:
+        with one_speaks(store, rank, size):
+            require_supported(layout, model, processes)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            world = World(layout, device)
+            if not world.leads:
+                logger.setLevel(logging.WARNING)
+            logger.info("layout %s: %s", layout, description(layout, model))
+            yield world
+    finally:
+        logger.setLevel(level)
+        if dist.is_initialized():
+            dist.destroy_process_group()

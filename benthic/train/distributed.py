@@ -1,0 +1,90 @@
+"""What a run on several ranks does beside training: a part of the model each, one folder for all, a device each,
+batches that divide."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from benthic.config.train import TrainConfig
+from benthic.errors import BenthicError, ConfigError, RunError
+from benthic.model.language_model import LanguageModel
+from benthic.parallel.placement import spread
+from benthic.parallel.world import World
+from benthic.train.folder import RunFolder
+
+
+def own_device(kind: str) -> torch.device:
+    """The device of this process: GPUs of a host go to its processes in order (torchrun's LOCAL_RANK)."""
+    if kind != "cuda" or "LOCAL_RANK" not in os.environ:
+        return torch.device(kind)
+    index, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if index >= there:
+        raise ConfigError(
+            f"process {index} of this host has no GPU of its own: torch sees {there}",
+            hint=f"torchrun --nproc-per-node {there}, or --device cpu",
+        )
+    return torch.device("cuda", index)
+
+
+def processes_here() -> int:
+    """Ranks of the run on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def check_batches(config: TrainConfig) -> None:
+    """Raise ConfigError unless every rank gets whole micro-batches of the largest batch."""
+    sequences, micro = int(config.batch.sequences.peak), config.batch.micro_sequences
+    try:
+        config.parallel.check_batch(sequences, micro, config.data.sequence_length)
+    except ConfigError as error:
+        fits = math.gcd(sequences // config.parallel.data, micro)
+        smaller = f"; or --batch.micro_sequences {fits}" if sequences % config.parallel.data == 0 else ""
+        raise ConfigError(error.message, f"{error.hint or ''}{smaller}") from None
+
+
+@contextmanager
+def entered(path: Path, config: TrainConfig, resume: bool, world: World) -> Iterator[RunFolder]:
+    """The run folder, which rank 0 makes and holds for all; errors as `RunFolder.open`'s, on every rank."""
+    if not world.leads:
+        if world.agree(False):
+            raise RunError(f"rank 0 could not use the run folder {path}", hint="its message says why")
+        yield RunFolder(path)
+        return
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(RunFolder.open(path, config, resume))
+        except BenthicError:
+            world.agree(True)
+            raise
+        world.agree(False)
+        yield folder
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """What weights are used in; FP8 copies are made of bfloat16 ones."""
+    return torch.float32 if config.precision.compute == "float32" else torch.bfloat16
+
+
+def build_model(config: TrainConfig, world: World, device: torch.device) -> LanguageModel:
+    """The model, allocated on `device`: whole where this process is alone, this rank's part otherwise."""
+    alone, dtype = world.size == 1, compute_dtype(config)
+    model = LanguageModel(config.model, device if alone else torch.device("meta"), dtype)
+    in_float8: tuple[str, ...] = ()
+    if config.precision.compute == "float8":
+        from benthic.model.float8 import use_float8
+
+        in_float8 = use_float8(model).quantised
+    if alone:
+        return model
+    spread(model.float(), config.model, world, dtype, in_float8)
+    if in_float8:
+        from benthic.model.float8 import keep_no_copies
+
+        keep_no_copies(model)
+    return model.to_empty(device=device)

@@ -1,0 +1,151 @@
+"""A layout of thousands of ranks, tried in one process: the model itself on the meta device, cut as its ranks cut it.
+
+What is checked: that the blocks of all ranks make up every tensor exactly; that ranks built by FSDP, on a process group
+that sends nothing, hold what the arithmetic says; that what a rank keeps between updates is what the planner counted;
+and that in an exchange of tokens every send has its receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benthic.config.manifest import Parameter, parameters
+from benthic.config.train import TrainConfig
+from benthic.errors import ConfigError, NumericsError
+from benthic.model.language_model import LanguageModel
+from benthic.ops.route import route
+from benthic.parallel.mesh import Seat, description, require_supported
+from benthic.parallel.placement import local, part, parts, spread
+from benthic.parallel.world import World
+from benthic.plan.devices import find_device
+from benthic.plan.memory import training_memory
+from benthic.train.distributed import check_batches
+from benthic.train.fit import training_of
+
+TOLERANCE = 0.05
+"""By which the planner's bytes of what stays may differ from what ranks hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One dispatch of an expert layer, of one group of expert ranks: rows a rank sends to others on average, the most
+    rows that one gets, and the bytes of a row."""
+
+    sent: float
+    most_received: int
+    row_bytes: int
+
+
+def simulate(config: TrainConfig) -> Iterator[str]:
+    """Check the layout of `config` and say what was found, line by line. Raises ConfigError for a layout that does not
+    fit and NumericsError where a check fails."""
+    layout, model = config.parallel, config.model
+    require_supported(layout, model, layout.world)
+    check_batches(config)
+    yield f"layout {layout}: {description(layout, model)}"
+    rows = list(parameters(model))
+    seats = [Seat(layout, rank) for rank in range(layout.world)]
+    for row in _kinds(rows):
+        _require_tiled(row, seats)
+    yield f"blocks: {len(rows):,} tensors are made up by their blocks exactly, over {layout.world:,} ranks"
+    built = sorted({0, layout.world // 2, layout.world - 1})
+    for rank in built:
+        _require_built(config, rank)
+    yield f"ranks {', '.join(map(str, built))} built by FSDP hold the blocks they should"
+    yield _compared_with_plan(config, rows, seats)
+    if layout.expert > 1:
+        found = exchange(config)
+        yield (
+            f"exchange: {found.sent:,.0f} rows of {found.row_bytes:,} bytes leave a rank for others in a dispatch, the "
+            f"fullest rank of a group gets {found.most_received:,}; every send has its receive"
+        )
+
+
+def _kinds(rows: list[Parameter]) -> list[Parameter]:
+    """One row of every shape that is cut in its own way."""
+    return list({(row.shape, row.part == "routed", row.group == "routing_bias"): row for row in rows}.values())
+
+
+def _require_tiled(row: Parameter, seats: list[Seat]) -> None:
+    holders: dict[tuple, int] = {}
+    for seat in seats:
+        block = part(row, seat)
+        if all(block.size):
+            holders[block.start, block.size] = holders.get((block.start, block.size), 0) + 1
+    covered = sum(prod(size) for _, size in holders)
+    starts = {start for start, _ in holders}
+    if covered != row.size or len(starts) != len(holders) or len(set(holders.values())) != 1:
+        raise NumericsError(f"the blocks of {row.name} cover {covered:,} of {row.size:,} elements, or some twice")
+
+
+def _require_built(config: TrainConfig, rank: int) -> None:
+    layout, model = config.parallel, config.model
+    if dist.is_initialized():
+        raise ConfigError("a layout is simulated by a process that is part of none")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
+    try:
+        world = World(layout, torch.device("cpu"))
+        built = LanguageModel(model, torch.device("meta"), torch.float32)
+        spread(built, model, world, torch.bfloat16)
+        expected = parts(model, world)
+        for name, parameter in built.named_parameters():
+            if tuple(local(parameter).shape) != expected[name].size:
+                found = list(local(parameter).shape)
+                raise NumericsError(f"rank {rank} holds {found} of {name}; its block is {list(expected[name].size)}")
+    finally:
+        dist.destroy_process_group()
+
+
+def _compared_with_plan(config: TrainConfig, rows: list[Parameter], seats: list[Seat]) -> str:
+    compute = "bfloat16" if config.precision.compute == "auto" else config.precision.compute
+    training = training_of(config, compute)
+    planned = training_memory(config.model, training, config.parallel, device=find_device("h100"))
+    states = 4 + 2 * (2 if training.bf16_moments else 4) + 4 * training.averaged_weights
+    fullest = max(_held(rows, seat) for seat in (seats[0], seats[-1]))
+    # Weights in float32 are their own masters.
+    masters = "weights" if training.precision == "fp32" else "master weights"
+    expected = sum(line.value for line in planned.lines if line.name in (masters, "moments", "averaged weights"))
+    difference = fullest * states / expected - 1
+    told = (
+        f"memory: what updates need takes {fullest * states / 2**30:.2f} GiB on the fullest rank, planned "
+        f"{expected / 2**30:.2f} GiB ({difference:+.1%})"
+    )
+    if abs(difference) > TOLERANCE:
+        raise NumericsError(f"{told}: more than {TOLERANCE:.0%} apart")
+    return f"{told}; {planned.total / 2**30:.1f} GiB planned with all that comes and goes"
+
+
+def _held(rows: list[Parameter], seat: Seat) -> int:
+    return sum(prod(part(row, seat).size) for row in rows if row.group != "routing_bias")
+
+
+@torch.no_grad()
+def exchange(config: TrainConfig) -> Exchange:
+    """Dispatch a micro-batch of every rank of one group, routed by the model's rule from random scores."""
+    model, ranks = config.model, config.parallel.expert
+    tokens = config.batch.micro_sequences * config.data.sequence_length
+    stream = torch.Generator().manual_seed(config.seed)
+    bias = torch.zeros(model.n_routed_experts) if model.has_routing_bias else None
+    held = model.n_routed_experts // ranks
+    sent = torch.zeros(ranks, ranks, dtype=torch.int64)
+    received = torch.zeros(ranks, ranks, dtype=torch.int64)
+    for rank in range(ranks):
+        chosen = route(torch.randn(tokens, model.n_routed_experts, generator=stream), bias, model).experts
+        counts = chosen.flatten().bincount(minlength=model.n_routed_experts)
+        sent[rank] = counts.view(ranks, held).sum(1)
+        # What each rank is told by the exchange of counts: its own experts' share.
+        for other in range(ranks):
+            received[other, rank] = counts[other * held : (other + 1) * held].sum()
+    if not torch.equal(sent, received.t()) or int(sent.sum()) != ranks * tokens * model.num_experts_per_tok:
+        raise NumericsError("rows that are sent in an exchange are not those that are received")
+    away = float(sent.sum() - sent.diagonal().sum()) / ranks
+    width = model.hidden_size
+    narrow = config.precision.compute == "float8"
+    row_bytes = width + 4 * -(-width // 128) if narrow else 2 * width
+    return Exchange(away, int(received.sum(1).max()), row_bytes)

@@ -1,0 +1,80 @@
+"""Blocks are free, cached or referenced, and what is shared has the same beginning."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benthic.inference.blocks import BlockPool, chain, salted
+
+
+def test_a_digest_names_tokens_all_before_them_and_the_salt():
+    root = salted("")
+    first = chain(root, [1, 2])
+    assert first == chain(salted(""), [1, 2])
+    different = {first, chain(root, [2, 1]), chain(first, [1, 2]), chain(salted("a"), [1, 2]), chain(root, [1, 2, 0])}
+    assert len(different) == 5
+
+
+def test_the_longest_unused_block_is_given_up_first_and_ends_before_beginnings():
+    pool = BlockPool(4)
+    digests = [chain(salted(""), [n]) for n in range(4)]
+    first, second = [pool.take(), pool.take()], [pool.take(), pool.take()]
+    for block, digest in zip(first + second, digests, strict=True):
+        pool.publish(block, digest)
+    pool.release(first)
+    pool.release(second)
+    assert pool.available == 4
+    assert [pool.take() for _ in range(4)] == [first[1], first[0], second[1], second[0]]
+    assert pool.find(digests[0]) is None
+    pool.check([first, second])
+
+
+def test_a_found_block_counts_its_holders():
+    pool = BlockPool(2)
+    block, digest = pool.take(), chain(salted(""), [7])
+    pool.publish(block, digest)
+    pool.release([block])
+    assert pool.is_cached(block)
+    for _ in range(2):
+        pool.share(pool.find(digest))
+    pool.check([[block], [block]])
+    assert pool.referenced == 1
+    pool.release([block])
+    pool.check([[block]])
+    pool.release([block])
+    pool.forget()
+    assert pool.find(digest) is None
+    pool.check()
+
+
+def test_a_check_finds_what_was_lost_or_held_twice():
+    pool = BlockPool(3)
+    block = pool.take()
+    with pytest.raises(AssertionError, match="references are"):
+        pool.check()
+    pool._free.append(block)
+    with pytest.raises(AssertionError, match="two states"):
+        pool.check([[block]])
+
+
+@given(st.lists(st.tuples(st.sampled_from("taps r"), st.integers(0, 9), st.integers(0, 5)), max_size=60))
+def test_no_order_of_calls_loses_a_block(calls):
+    pool, held = BlockPool(5), [[] for _ in range(3)]
+    for call, number, digest_number in calls:
+        mine, digest = held[number % 3], chain(salted(""), [digest_number])
+        found = pool.find(digest)
+        if call == "t" and pool.available:
+            mine.append(pool.take())
+        elif call == "a" and found is not None:
+            pool.share(found)
+            mine.append(found)
+        elif call == "p" and mine:
+            pool.publish(mine[-1], digest)
+        elif call == "r":
+            pool.release(mine)
+            mine.clear()
+        elif call == "s" and number == 9:
+            pool.forget()
+        pool.check(held)

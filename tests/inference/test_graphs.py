@@ -1,0 +1,116 @@
+"""What a captured call reads is what the batch is, and what fills it up belongs to nobody."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benthic.config.engine import EngineConfig
+from benthic.inference import graphs
+from benthic.inference.batch import Stretch
+from benthic.inference.engine import Engine
+from benthic.inference.generate import generate
+from benthic.inference.graphs import _Inputs, _rounded, suits
+from benthic.model.sampling import SamplingParams
+from benthic.numerics.compare import assert_close
+from tests.model.configs import CONFIGS, randomised, tiny, tokens
+
+
+def test_sizes_grow_by_an_eighth_at_most_and_never_shrink():
+    counts = (1, 2, 7, 16, 17, 33, 100, 256)
+    assert [_rounded(count) for count in counts] == [1, 2, 7, 16, 18, 36, 104, 256]
+    for count in range(1, 600):
+        assert count <= _rounded(count) <= 1.125 * count
+
+
+def test_drafts_suit_a_graph_and_prompts_do_not():
+    assert suits([Stretch([1], 4, [0]), Stretch([1, 2], 4, [1])])
+    assert not suits([Stretch([1], 4, [0]), Stretch(range(18), 0, [1])])
+    assert not suits([Stretch([1], 4, [0])] * 513)
+
+
+def test_added_rows_are_written_nowhere_and_see_nothing():
+    inputs = _Inputs((4, 3, 8), [torch.zeros(20, 4, 5)], 4, 0, 6)
+    blocks = [[9, 3], [7]]
+    inputs.fill([Stretch([11], 5, blocks[0]), Stretch([12, 13], 1, blocks[1])], torch.ones(3, 6))
+    pages = inputs.pages
+    assert inputs.tokens.tolist() == [11, 12, 13, 0]
+    assert pages.positions.tolist() == [5, 1, 2, 0]
+    assert pages.slots.tolist() == [13, 29, 30, -1]
+    assert pages.starts.tolist() == [0, 1, 3, 3]
+    assert pages.lengths.tolist() == [6, 3, 0]
+    assert pages.tables[:, :2].tolist() == [[9, 3], [7, 0], [0, 0]]
+    assert inputs.known.sum(1).tolist() == [6, 6, 6, 0]
+    assert pages.bounds[pages.narrower_than(2)] == 4
+    # A list that grew, one of another sequence, and one sequence fewer.
+    blocks[0].append(5)
+    inputs.fill([Stretch([1], 8, blocks[0]), Stretch([2], 4, [4, 6])], None)
+    assert pages.tables[:2, :3].tolist() == [[9, 3, 5], [4, 6, 0]]
+    inputs.fill([Stretch([2], 5, [1, 2])], None)
+    assert pages.tables[0, :2].tolist() == [1, 2]
+    assert pages.slots.tolist() == [9, -1, -1, -1]
+    assert pages.starts.tolist() == [0, 1, 1, 1]
+
+
+class Replayed:
+    """Stands in for a captured graph where there is no GPU: a replay computes from the same tensors again."""
+
+    def __init__(self, call, inputs, memory):
+        self.inputs, self.graph = inputs, self
+        self._call = lambda: call(inputs.tokens, inputs.known, inputs.pages)
+
+    def replay(self):
+        self.result = self._call()
+
+
+@pytest.mark.usefixtures("_as_a_user")
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("name", ["v3 of two predictions", "multi-query with predictions"])
+def test_rounded_up_calls_change_no_answer(name, speculative, make_engine, monkeypatch):
+    monkeypatch.setattr(graphs, "_Captured", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    config = tiny(**CONFIGS[name])
+    model = randomised(config)
+    engine = make_engine(model, speculative, block_size=4, num_blocks=60, max_step_tokens=30, draft_tokens=3)
+    engine.runner._graphs = engine.runner._capturable()
+    prompts = [tokens(config, 1, length, length)[0].tolist() for length in (1, 2, 30, 7, 40, 5, 9, 3, 4, 8, 6, 10)]
+    prompts += [[1, 2]] * 8
+    wishes = [SamplingParams(max_tokens=8 + place % 5, temperature=place % 2, seed=1) for place in range(len(prompts))]
+    done = engine.generate(prompts, wishes)
+    for one, prompt, params in zip(done, prompts, wishes, strict=True):
+        assert one.token_ids == list(generate(model, prompt, params))
+        ids = torch.tensor([prompt + one.token_ids])
+        with torch.no_grad():
+            logprobs = model(ids)[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        assert_close(torch.tensor(one.logprobs), logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0], "model_fp32")
+    assert len(engine.runner._graphs[0]._captured) > 3
+    assert all(sizes._captured for sizes in engine.runner._graphs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("_as_a_user")
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("name", ["v3", "multi-query with predictions"])
+def test_graphs_give_what_launches_give_and_what_the_whole_sequence_gives(name, speculative):
+    wide = {"hidden_size": 128, "moe_intermediate_size": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32}
+    wide |= {"qk_rope_head_dim": 16, "v_head_dim": 32, "q_lora_rank": 48}
+    changes = CONFIGS[name] | {
+        key: value for key, value in wide.items() if key in CONFIGS[name] or key == "hidden_size"
+    }
+    config = tiny(**changes, max_position_embeddings=256)
+    model = randomised(config).to("cuda", torch.bfloat16)
+    prompts = [tokens(config, 1, length, length)[0].tolist() for length in (1, 3, 30, 7, 100)]
+    params = SamplingParams(max_tokens=20, temperature=0)
+    found = []
+    for captured in (True, False):
+        engine = Engine(model, speculative=speculative, settings=EngineConfig(num_blocks=100, cuda_graphs=captured))
+        found.append(engine.generate(prompts, params))
+        engine.check()
+    for with_graphs, without, prompt in zip(*found, prompts, strict=True):
+        same = sum(a == b for a, b in zip(with_graphs.token_ids, without.token_ids, strict=True))
+        assert same >= 1
+        with torch.inference_mode():
+            ids = torch.tensor([prompt + with_graphs.token_ids], device="cuda")
+            expected = model(ids)[0].float().log_softmax(-1)[len(prompt) - 1 : -1]
+        chosen = expected.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+        assert_close(torch.tensor(with_graphs.logprobs), chosen.cpu(), "model_bf16")

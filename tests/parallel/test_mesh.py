@@ -1,0 +1,87 @@
+"""Rank arithmetic, without a process: every rank has one place, experts lie close together, what does not divide is
+refused in words."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benthic.config.model import ModelConfig
+from benthic.config.parallel import ParallelConfig
+from benthic.errors import ConfigError
+from benthic.parallel.mesh import description, grid, require_supported
+from tests.train.small import small_model
+
+V3 = ModelConfig.from_pretrained("deepseek-v3")
+axis = st.sampled_from([1, 2, 3, 4])
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> ParallelConfig:
+    fields = {name: draw(axis) for name in ("replicate", "shard", "pipeline", "tensor")}
+    ranks = fields["replicate"] * fields["shard"] * fields["tensor"]
+    expert = draw(st.sampled_from([size for size in range(1, ranks + 1) if ranks % size == 0]))
+    return ParallelConfig(**fields, expert=expert, zero=draw(st.integers(0, 3)))
+
+
+@given(layouts())
+def test_every_rank_has_a_place_of_its_own_in_both_meshes(layout):
+    found = grid(layout)
+    ranks = range(layout.world)
+    assert len({found.dense_place(rank) for rank in ranks}) == layout.world
+    assert len({found.expert_place(rank) for rank in ranks}) == layout.world
+
+
+@given(layouts())
+def test_ranks_that_share_a_replicas_shards_of_experts_belong_to_one_replica(layout):
+    found = grid(layout)
+    if found.experts[2] == 1:
+        return
+    replicas: dict[tuple[int, ...], set[int]] = {}
+    for rank in range(layout.world):
+        pipeline, expert_replica, _, expert = found.expert_place(rank)
+        replicas.setdefault((pipeline, expert_replica, expert), set()).add(found.dense_place(rank)[1])
+    assert all(len(seen) == 1 for seen in replicas.values())
+
+
+def test_experts_lie_over_neighbouring_ranks():
+    found = grid(ParallelConfig(shard=4, expert=2))
+    assert [found.expert_place(rank)[-1] for rank in range(4)] == [0, 1, 0, 1]
+    assert [found.expert_place(rank)[2] for rank in range(4)] == [0, 0, 1, 1]
+
+
+def test_without_zero_shard_ranks_are_replicas():
+    found = grid(ParallelConfig(replicate=2, shard=4, zero=0, expert=2))
+    assert (found.dense, found.experts) == ((1, 8, 1, 1), (1, 4, 1, 2))
+
+
+def test_a_layout_for_another_number_of_processes_is_refused():
+    with pytest.raises(ConfigError) as error:
+        require_supported(ParallelConfig(shard=4), small_model(), 2)
+    assert str(error.value) == (
+        "the layout (fsdp=4,zero=3) is for 4 processes, but 2 were started\n"
+        "hint: torchrun --nproc-per-node 4, or choose axes that multiply to 2"
+    )
+
+
+@pytest.mark.parametrize("axis", ["pipeline", "tensor", "context"])
+def test_an_axis_that_only_the_planner_knows_is_refused(axis):
+    with pytest.raises(ConfigError, match=rf"parallel\.{axis} is 2; the trainer spreads a run over replicate, shard"):
+        require_supported(ParallelConfig(**{axis: 2}), small_model(), 2)
+
+
+def test_experts_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match=r"expert is 3; it must divide n_routed_experts \(8\)"):
+        require_supported(ParallelConfig(shard=3, expert=3), small_model(), 3)
+
+
+def test_experts_whose_copies_split_neither_them_nor_their_rows_are_refused():
+    with pytest.raises(ConfigError, match="4 experts a rank cannot be split over the 3 ranks that hold them"):
+        require_supported(ParallelConfig(shard=6, expert=2), small_model(), 6)
+
+
+def test_the_description_says_what_each_axis_is_for():
+    layout = ParallelConfig(replicate=2, shard=128, zero=1, expert=64)
+    assert description(layout, V3) == (
+        "256 ranks; optimiser states split over 128 (zero 1); 2 replicas, gradients summed over them; "
+        "256 experts over 64, 4 each, in 4 copies"
+    )

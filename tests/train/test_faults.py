@@ -1,0 +1,138 @@
+"""Ranks that fail: the others stop soon, one says why, torchrun begins again, and nothing is lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from benthic.config.parallel import ParallelConfig
+from benthic.config.train import CheckpointConfig, EvaluationConfig, LoggingConfig, TrainConfig
+from benthic.errors import NumericsError, PeerError
+from benthic.train.run import run
+from tests.parallel.processes import on_ranks
+from tests.train.small import small_run
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60
+"""Within which a run with a dead rank must have ended or begun again."""
+
+
+def a_run(**changes) -> TrainConfig:
+    settings = dict(
+        steps=30,
+        evaluation=EvaluationConfig(every=1000, max_tokens=100, final_max_tokens=100),
+        checkpoint=CheckpointConfig(every=2, keep=2, asynchronous=True),
+        logging=LoggingConfig(every=1),
+        parallel=ParallelConfig(shard=2, expert=2),
+    )
+    return small_run(**(settings | changes))
+
+
+@contextmanager
+def torchrun(config: TrainConfig, folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(config.to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    command += ["-m", "benthic", "train", str(recipe), "--run-folder", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def process_of_rank(rank: int, folder: Path) -> int:
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(folder).encode() in command and f"RANK={rank}".encode() in variables:
+            return int(path.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_for_state(folder: Path, process: subprocess.Popen) -> None:
+    ends = time.monotonic() + SECONDS
+    while not list(folder.glob("checkpoints/step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
+def test_a_run_whose_rank_is_killed_says_so_begins_again_and_ends_as_if_nothing_had_been(tmp_path):
+    folder = tmp_path / "killed"
+    with torchrun(a_run(), folder, "--max-restarts", "1") as process:
+        wait_for_state(folder, process)
+        os.kill(process_of_rank(1, folder), signal.SIGKILL)
+        killed = time.monotonic()
+        out, told = process.communicate(timeout=2 * SECONDS)
+    assert process.returncode == 0, told
+    assert time.monotonic() - killed < SECONDS
+    assert len(re.findall("rank 1 of the run ended without a word .*; rank 0 noticed", told)) == 1, told
+    assert "goes on from the last saved state" in told
+    assert out.strip() == str(folder / "model")
+    on_ranks(2, run, a_run(), tmp_path / "whole")
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+def losses(folder: Path) -> list[float]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] if "loss" in row else row["val_loss"] for row in rows]
+
+
+def test_sigterm_saves_on_all_ranks_and_leaves(tmp_path):
+    folder = tmp_path / "stopped"
+    with torchrun(a_run(steps=100_000, checkpoint=CheckpointConfig(every=5)), folder) as process:
+        wait_for_state(folder, process)
+        os.kill(process_of_rank(1, folder), signal.SIGTERM)
+        _, told = process.communicate(timeout=SECONDS)
+    found = re.search(r"SIGTERM: saved step (\d+); continue with --resume", told)
+    assert found, told
+    assert (folder / "checkpoints" / f"step-{int(found[1]):08d}" / "state.json").is_file()
+
+
+def poisoned(config: TrainConfig, folder: Path) -> str:
+    """Rank 1 reads one embedding that is not a number."""
+    from benthic.train import trainer
+
+    class Poisoned(trainer.Trainer):
+        def make_update(self, display, ahead):
+            if self.step == 2 and self.world.rank == 1:
+                with torch.no_grad():
+                    self.optimizer.masters["model.norm.weight"][0] = float("nan")
+            super().make_update(display, ahead)
+
+    from benthic.train import run as runs
+
+    runs.Trainer = Poisoned
+    try:
+        run(config, folder)
+    except (NumericsError, PeerError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path):
+    told = on_ranks(2, poisoned, a_run(), tmp_path / "run")
+    assert sorted(text.split(":")[0] for text in told) == ["NumericsError", "PeerError"]
+    assert "update 3 stopped before changing any weight" in told[0]
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == 2
+    assert list((tmp_path / "run" / "failures").iterdir())

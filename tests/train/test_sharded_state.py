@@ -1,0 +1,94 @@
+"""States cross layouts: what any number of ranks saved, any other number reads back, bit for bit, and goes on with."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from benthic.config.parallel import ParallelConfig
+from benthic.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
+from benthic.parallel.placement import part
+from benthic.parallel.world import joined
+from benthic.train.folder import RunFolder
+from benthic.train.run import run
+from benthic.train.trainer import Trainer
+from tests.parallel.processes import on_ranks
+from tests.train.small import small_model, small_run
+
+pytestmark = pytest.mark.slow
+
+UPDATES = 3
+
+
+def a_run(layout: str, steps: int = UPDATES) -> TrainConfig:
+    # A vocabulary and widths that do not come out even over ranks: some hold less, some nothing.
+    return small_run(
+        steps=steps,
+        model=small_model(vocab_size=323, hidden_size=36, moe_intermediate_size=12),
+        batch={"sequences": 4, "micro_sequences": 1},
+        evaluation=EvaluationConfig(every=100, max_tokens=100, final_max_tokens=100),
+        checkpoint=CheckpointConfig(every=UPDATES, keep=None, asynchronous=bool(layout)),
+        parallel=ParallelConfig.parse(layout),
+    )
+
+
+def train(config: TrainConfig, folder: Path, resume: bool = False) -> None:
+    torch.set_num_threads(1)
+    run(config, folder, resume)
+
+
+def restored(config: TrainConfig, folder: Path) -> dict[str, tuple[tuple[slice, ...], torch.Tensor]]:
+    """The blocks that a rank of this layout holds after reading the newest state, and where they lie."""
+    with joined(config.parallel, config.model, torch.device("cpu")) as world:
+        trainer = Trainer(config, RunFolder(folder), world)
+        trainer.restore()
+        found = trainer.weights() | trainer.optimizer.moments()
+        found |= {f"average.{name}": one for name, one in trainer.average.tensors.items()}
+        rows = trainer._states
+        return {name: (part(rows._row(name.removeprefix("average.")), world).block, one) for name, one in found.items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Runs saved by layouts, and the blocks of each on one process, which are the wholes."""
+    made = {}
+    for layout, ranks in (("", 1), ("fsdp=4,ep=2", 4)):
+        folder = tmp_path_factory.mktemp("saved") / "run"
+        on_ranks(ranks, train, a_run(layout), folder)
+        made[layout] = folder, {name: one for name, (_, one) in on_ranks(1, restored, a_run(""), folder)[0].items()}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("before", "ranks", "after"),
+    [
+        ("", 2, "fsdp=2,ep=2"),
+        ("", 4, "dp=2,fsdp=2,ep=4"),
+        ("fsdp=4,ep=2", 2, "fsdp=2,zero=1"),
+        ("fsdp=4,ep=2", 3, "fsdp=3"),
+        ("fsdp=4,ep=2", 4, "fsdp=4,ep=4"),
+        ("fsdp=4,ep=2", 4, "dp=4"),
+    ],
+)
+def test_another_layout_reads_the_same_bits(saved, before, ranks, after):
+    folder, wholes = saved[before]
+    covered = {name: torch.zeros(whole.shape, dtype=torch.bool) for name, whole in wholes.items()}
+    for blocks in on_ranks(ranks, restored, a_run(after), folder):
+        for name, (block, one) in blocks.items():
+            assert torch.equal(one, wholes[name][block]), name
+            covered[name][block] = True
+    assert all(seen.all() for seen in covered.values())
+
+
+def test_a_run_goes_on_under_another_layout_as_it_would_have_alone(tmp_path, saved):
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    for folder in (alone, spread):
+        shutil.copytree(saved[""][0], folder)
+    on_ranks(1, train, a_run("", 6), alone, True)
+    on_ranks(2, train, a_run("fsdp=2,ep=2", 6), spread, True)
+    ends = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (alone, spread)]
+    assert ends[0]["step"] == ends[1]["step"] == 6
+    assert ends[1]["val_loss"] == pytest.approx(ends[0]["val_loss"], rel=1e-5)
+    assert ends[1]["max_violation_global"] == ends[0]["max_violation_global"]
