@@ -123,8 +123,17 @@ def launch(
     if loads:
         together = torch.stack(list(loads.values())).to("cpu", non_blocking=True)
         loads = dict(zip(loads, together.unbind(), strict=True))
-    arrived = torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
+    arrived = _mark(finite.device)
     return Launched(place, scale, learning_rate, parts, norms, finite, numbers, loads, arrived, batch)
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """What a GPU passes when it has done all that it was given so far."""
+    if device.type != "cuda":
+        return None
+    mark = torch.cuda.Event()
+    mark.record(torch.cuda.current_stream(device))
+    return mark
 
 
 def finish(launched: Launched, failures: Path, world: World = ALONE) -> Update:
