@@ -86,8 +86,9 @@ def store_rows(accumulator, result_descriptor, result, buffer, row, column, end,
     if row + 64 <= end:
         tma.async_copy_shared_to_global(result_descriptor, [row, column], buffer)
     elif row < end:
+        width = N // 8 * 8  # N, of which the compiler now knows that rows are whole 16-byte stores
         WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
         r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, WIDE))
         c = column + gl.arange(0, 128, layout=gl.SliceLayout(0, WIDE))
-        inside = (r < end)[:, None] & (c < N)[None, :]
-        gl.store(result + r.to(gl.int64)[:, None] * N + c[None, :], buffer.load(WIDE), mask=inside)
+        inside = (r < end)[:, None] & (c < width)[None, :]
+        gl.store(result + r.to(gl.int64)[:, None] * width + c[None, :], buffer.load(WIDE), mask=inside)
