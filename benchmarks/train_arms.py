@@ -84,14 +84,18 @@ def model_config(name: ModelName) -> ModelConfig:
 
 
 def train_config(arm: Arm) -> TrainConfig:
-    """The run whose updates are timed. Biases move fast, so that the warm-up's few updates even the loads out."""
+    """The run whose updates are timed.
+
+    Biases move fast, so that the warm-up's few updates even the loads out, and weights slowly: of random tokens a model
+    learns within a few updates to tell none apart, and then sends them all to the same experts.
+    """
     return TrainConfig(
         name="bench",
         model=model_config(arm.model),
         data=DataConfig(source="procedural", vocab_size=264, sequence_length=arm.sequence_length),
         steps=arm.warm_up + arm.steps,
         seed=arm.seed,
-        optimizer=OptimizerConfig(learning_rate=Schedule(peak=2.2e-4)),
+        optimizer=OptimizerConfig(learning_rate=Schedule(peak=2.2e-6)),
         batch=BatchConfig(sequences=Schedule(peak=arm.batch), micro_sequences=arm.batch),
         balance=BalanceConfig(speed=Schedule(peak=1e-2)),
         precision=PrecisionConfig(compute=arm.compute, moments=arm.states),

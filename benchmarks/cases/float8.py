@@ -90,9 +90,6 @@ def _quantised(device: str) -> Iterator[Case]:
     yield Case("quantise 1x128", shape, runs, lambda out: _rows_error(out, x[:512]), E4M3, size)
     runs = {
         "benthic": lambda: quantise.quantise_columns(x, ends),
-        "benthic, 1 tile": lambda: quantise.quantise_columns(x, ends, tiles=1),
-        "benthic, 1 tile, 80 registers": lambda: quantise.quantise_columns(x, ends, tiles=1, registers=80),
-        "benthic, 4 tiles": lambda: quantise.quantise_columns(x, ends, tiles=4),
     }
     yield Case("quantise 128x1, transposed", shape, runs, lambda out: _columns_error(out, x[:128]), E4M3, size)
     weight = _noise(device, 8, 4096, WIDTH)
@@ -111,10 +108,6 @@ def _retiled(device: str) -> Iterator[Case]:
     size = 2 * _bytes(values, scales)
     runs: dict[str, Callable[[], Any]] = {
         "benthic": lambda: retile.retile_columns(values, scales, ends),
-        "benthic, 1 tile": lambda: retile.retile_columns(values, scales, ends, tiles=1),
-        "benthic, 1 tile, 80 registers": lambda: retile.retile_columns(values, scales, ends, tiles=1, registers=80),
-        "benthic, 2 tiles": lambda: retile.retile_columns(values, scales, ends, tiles=2),
-        "benthic, 4 tiles, 96 registers": lambda: retile.retile_columns(values, scales, ends, registers=96),
         "from bfloat16": lambda: quantise.quantise_columns(x, ends),
     }
     yield Case("re-tile 1x128 to 128x1", shape, runs, lambda out: _columns_error(out, x[:128]), 1.5 * E4M3, size)
@@ -125,9 +118,6 @@ def _retiled(device: str) -> Iterator[Case]:
     name = f"{count}x{WIDTH}, each {CHOSEN} times"
     runs = {
         "benthic": lambda: retile.retile_columns(values, scales, ends, tokens),
-        "benthic, 1 tile": lambda: retile.retile_columns(values, scales, ends, tokens, tiles=1),
-        "benthic, 2 tiles": lambda: retile.retile_columns(values, scales, ends, tokens, tiles=2),
-        "benthic, 4 tiles, 96 registers": lambda: retile.retile_columns(values, scales, ends, tokens, registers=96),
     }
     size = (1 + CHOSEN) * _bytes(values, scales)
     rows = tokens[:128]

@@ -33,9 +33,7 @@ def quantise_rows(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
     return values, scales
 
 
-def quantise_columns(
-    x: Tensor, ends: Tensor, power_of_two: bool = False, tiles: int = 2, registers: int | None = None
-) -> tuple[Tensor, Tensor]:
+def quantise_columns(x: Tensor, ends: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """x [T, C] in groups of rows -> (values float8_e4m3fn [C, P], scales float32 [P / 128, C]), transposed by group.
 
     `ends` int32 [E] on the device: group e is the rows from ends[e - 1] (0 for the first) to ends[e]; empty groups are
@@ -43,9 +41,7 @@ def quantise_columns(
     at `ends` to know P = (T // 128 + E) * 128; the last block of a group is filled up with zeros. Blocks between groups
     hold nothing and are never read. C must be a multiple of 16.
 
-    A program has 128 tokens and `tiles` times 64 columns, all of which it asks for before it works on the first.
-    `registers` bounds those of a thread (as many as the compiler likes by default): fewer let more programs share a
-    multiprocessor.
+    A program has 128 tokens and twice 64 columns, all of which it asks for before it works on the first.
     """
     rows, columns = _matrix(x)
     if columns % 16:
@@ -54,10 +50,10 @@ def quantise_columns(
     values = x.new_empty((columns, blocks * BLOCK), dtype=torch.float8_e4m3fn)
     scales = x.new_empty((blocks, columns), dtype=torch.float32)
     if x.numel():
-        grid = (triton.cdiv(columns, 64 * tiles), blocks)
+        grid = (triton.cdiv(columns, 128), blocks)
         _columns[grid](
             x, ends, values.view(torch.int32), scales, columns, blocks * BLOCK // 4, len(ends), power_of_two,
-            GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64, TILES=tiles, num_warps=4, maxnreg=registers,
+            GROUPS=triton.next_power_of_2(len(ends)), WIDTH=64, TILES=2, num_warps=4,
         )  # fmt: skip
     return values, scales
 

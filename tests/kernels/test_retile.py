@@ -34,11 +34,10 @@ def test_taking_no_rows_is_fine(device):
 
 
 @needs_hopper
-@pytest.mark.parametrize("tiles", [1, 4])
 @pytest.mark.parametrize("taking", [False, True])
 @pytest.mark.parametrize("columns", [16, 208, 720])
 @pytest.mark.parametrize("sizes", [[300, 0, 1, 127, 129, 0], [0, 0, 5], [128, 256], [1000], [3] * 100])
-def test_columns_of_ragged_groups_equal_the_reference(sizes, columns, taking, tiles, device):
+def test_columns_of_ragged_groups_equal_the_reference(sizes, columns, taking, device):
     ends = torch.tensor(sizes).cumsum(0).int().to(device)
     rows = sum(sizes)
     tokens = None
@@ -46,18 +45,12 @@ def test_columns_of_ragged_groups_equal_the_reference(sizes, columns, taking, ti
         tokens = torch.randint(0, max(rows // 3, 1), (rows,), generator=torch.Generator().manual_seed(1)).to(device)
         rows = max(rows // 3, 1)
     quantised = plain.quantise_rows(random_matrix(rows, columns, device=device), power_of_two=True)
-    values, scales = kernels.retile_columns(*quantised, ends, tokens, tiles)
+    values, scales = kernels.retile_columns(*quantised, ends, tokens)
     expected_values, expected_scales = reference.retile_columns(*quantised, ends, tokens)
     used = ~expected_scales[:, 0].isnan()
     assert torch.equal(scales[used], expected_scales[used])
     inside = used.repeat_interleave(128)
     assert_same_fp8(values[:, inside], expected_values[:, inside])
-
-
-def test_an_odd_number_of_tiles_is_refused(device):
-    quantised = plain.quantise_rows(torch.ones(3, 128, device=device), power_of_two=True)
-    with pytest.raises(ValueError, match="tiles must be 1 or even, not 3"):
-        kernels.retile_columns(*quantised, torch.tensor([3], dtype=torch.int32, device=device), tiles=3)
 
 
 def test_retiling_keeps_what_one_scale_can_hold():
