@@ -87,11 +87,17 @@ def launch(
     """Enqueue an update on `batch`, which is the host's: this rank's share of the whole. One process alone waits for
     no device here.
 
-    `before` is an update that has not been finished yet: where it fails, this one changes nothing either.
+    `before` is an update that has not been finished yet: where it fails, this one changes nothing either. Raises
+    NumericsError when no position of the batch has a label.
     """
     masked = config.data.mask_documents
     ranks = config.parallel.data
     scale = Scale(world.total(int((labels(batch, 0, masked) != IGNORED).sum())), len(batch.tokens) * ranks)
+    if not scale.valid_tokens:
+        raise NumericsError(
+            f"update {place.step} has no label: every token's next one is in another document",
+            hint="turn data.mask_documents off, or train on longer documents",
+        )
     weight = value(config.prediction.weight, place)
     optimizer.zero_gradients()
     forget_gathered(model)

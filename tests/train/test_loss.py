@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benthic.config.data import DataConfig
 from benthic.config.train import BalanceConfig, BatchConfig, OptimizerConfig
 from benthic.data import Batch
+from benthic.errors import NumericsError
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
 from benthic.train.loss import IGNORED, Scale, labels, losses
@@ -144,3 +146,13 @@ def test_recomputation_in_the_backward_pass_counts_no_load_twice():
 
 def _recomputing(forward, checkpoint):
     return lambda *arguments: checkpoint(forward, *arguments, use_reentrant=False)
+
+
+def test_a_batch_without_any_label_is_refused():
+    config = small_run(
+        data=DataConfig(source="procedural", vocab_size=320, sequence_length=LENGTH, mask_documents=True)
+    )
+    model, batch = small(), random_batch()
+    alone = Batch(batch.tokens, torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens))
+    with pytest.raises(NumericsError, match="update 4 has no label: every token's next one is in another document"):
+        launch(model, Optimizer(model, config.optimizer), alone, Place(4, 0, 12), config)
