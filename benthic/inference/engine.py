@@ -104,7 +104,11 @@ class Engine:
         `params` are for all or one for each. `on_event` sees what every step adds. Raises RequestError before anything
         runs when one of the prompts cannot be served.
         """
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if not isinstance(prompts, list | tuple):
+            raise RequestError(
+                f"prompts must be a list, not {type(prompts).__name__}", hint="one prompt is a list of one: [prompt]"
+            )
+        each = list(params) if isinstance(params, list | tuple) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(each)} sampling parameters")
         wishes = [self._admission.check(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
@@ -121,6 +125,8 @@ class Engine:
                         unfinished.discard(event.request_id)
                     if on_event is not None:
                         on_event(event)
+                # What on_event cancelled has no event any more.
+                unfinished &= self._answers.keys()
         finally:
             # Nobody waits for what an error or an interrupt left behind.
             for request_id in unfinished:
@@ -134,6 +140,8 @@ class Engine:
         see another's prompts cannot tell from the time to the first token that somebody sent them. Raises RequestError
         for what can never be served and CapacityError when too many wait.
         """
+        if type(priority) is not int or not isinstance(salt, str):
+            raise RequestError(f"a priority is a whole number and a salt is text, not {priority!r} and {salt!r}")
         most = self.settings.max_waiting
         if most is not None and len(self.scheduler.waiting) + params.n > most:
             raise CapacityError(

@@ -17,7 +17,11 @@ def scattered(lengths: list[int], width: int, stream: torch.Generator) -> tuple[
     per_sequence = -(-max(lengths) // BLOCK)
     order = torch.randperm(per_sequence * len(lengths) + 3, generator=stream)
     tables = order[: per_sequence * len(lengths)].view(len(lengths), -1).to(torch.int32)
-    pool = torch.randn(len(order), BLOCK, width, generator=stream)
+    # Not numbers wherever no sequence has written: a block's owner before may have left them.
+    pool = torch.full((len(order), BLOCK, width), torch.nan)
+    for table, length in zip(tables.long(), lengths, strict=True):
+        for place in range(length):
+            pool[table[place // BLOCK], place % BLOCK] = torch.randn(width, generator=stream)
     rows = [pool[table.long()].flatten(0, 1)[:length] for table, length in zip(tables, lengths, strict=True)]
     return pool, tables, rows
 
