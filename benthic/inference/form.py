@@ -31,10 +31,10 @@ _JSON = {"whitespace_pattern": r"( |\n {0,32})?"}
 
 
 class Form:
-    """Where one answer stands in its form."""
+    """Where one answer stands in its form. Of the model's `vocabulary` the first `spelled` tokens have a text."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: llguidance.LLMatcher, vocabulary: int, spelled: int) -> None:
+        self._matcher, self._vocabulary, self._spelled = matcher, vocabulary, spelled
 
     @property
     def is_complete(self) -> bool:
@@ -53,7 +53,7 @@ class Form:
 
     def copy(self) -> Form:
         """The same form at the same place, for another answer."""
-        return Form(self._matcher.deep_copy(), self._vocabulary)
+        return Form(self._matcher.deep_copy(), self._vocabulary, self._spelled)
 
     def take(self, token: int) -> None:
         """The answer goes on with `token`, one of those allowed."""
@@ -74,7 +74,7 @@ class Form:
         mask = torch.zeros(self._vocabulary, dtype=torch.bool)
         if not self.is_complete:
             bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
-            known = min(len(bits), self._vocabulary)
+            known = min(len(bits), self._vocabulary, self._spelled)
             mask[:known] = torch.from_numpy(bits[:known].astype(bool))
         return mask
 
@@ -98,7 +98,7 @@ class Forms:
             raise RequestError(f"{kind} cannot be used: {error}") from None
         if matcher.is_error():
             raise RequestError(f"{kind} cannot be used: {matcher.get_error()}")
-        form = Form(matcher, self.vocabulary)
+        form = Form(matcher, self.vocabulary, self.tokenizer.vocab_size)
         if not form.can_begin:
             raise RequestError(f"{kind} cannot be used: no text but an empty one, or none at all, has this form")
         return form

@@ -126,10 +126,13 @@ def _row(index: int, completions: list[Completion]) -> dict[str, Any]:
 
 def _read(source: Path) -> list[dict[str, Any]]:
     try:
-        texts = source.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold U+2028 and others of what Unicode calls the end of a line.
+        texts = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {source}: {error}") from None
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if texts == [""]:
+        return rows
     for number, text in enumerate(texts, 1):
         try:
             row = json.loads(text)

@@ -114,7 +114,7 @@ def test_any_schedule_gives_the_plain_answers_and_keeps_the_pool_whole(schedule)
 
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.usefixtures("_as_a_user")
-@pytest.mark.parametrize("chunk", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize("chunk", [1, 5, 64])
 @pytest.mark.parametrize("name", ["v3", "grouped-query with biases", "v2 with yarn"])
 def test_log_probabilities_are_those_of_the_whole_sequence(name, chunk, speculative, make_engine):
     config = tiny(**CONFIGS[name])
@@ -192,7 +192,7 @@ def test_blocks_that_run_out_put_the_last_request_back_and_the_answers_stay(make
 def test_ten_thousand_requests_added_and_cancelled_at_random_leave_the_pool_whole(make_engine):
     config = tiny(**CONFIGS["multi-query with predictions"], num_hidden_layers=1)
     dice = random.Random(0)
-    engine = make_engine(randomised(config), True, block_size=2, num_blocks=60, max_step_tokens=200, max_sequences=40)
+    engine = make_engine(randomised(config), True, block_size=2, num_blocks=100, max_step_tokens=200, max_sequences=40)
     live: list[int] = []
     for count in range(10_000):
         prompt = [dice.randrange(3) for _ in range(dice.randint(1, 4))]

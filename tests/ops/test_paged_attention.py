@@ -80,4 +80,6 @@ def test_rows_are_written_where_their_slots_say_and_gathered_in_order():
     ops.write_rows(pool, rows, torch.tensor([12, 13, 14, 15, 4, 5]))
     assert torch.equal(ops.gather_rows(pool, table, 6)[0], rows)
     assert torch.equal(ops.gather_rows(pool, table, 3)[0], rows[:3])
+    neighbours = torch.tensor([[3, 4]], dtype=torch.int32)
+    assert torch.equal(ops.gather_rows(pool, neighbours, 7)[0], pool[3:5].flatten(0, 1)[:7])
     assert not pool[[0, 2, 4]].any()
