@@ -41,10 +41,9 @@ class Form:
         """Whether nothing may follow any more."""
         return self._matcher.is_stopped()
 
-    @property
-    def can_begin(self) -> bool:
-        """Whether any token may come next."""
-        return bool(self._mask().any())
+    def can_begin(self, ends: frozenset[int]) -> bool:
+        """Whether any token but one of `ends` may come next."""
+        return any(token not in ends for token in self._mask().nonzero().flatten().tolist())
 
     @property
     def error(self) -> str:
@@ -99,7 +98,7 @@ class Forms:
         if matcher.is_error():
             raise RequestError(f"{kind} cannot be used: {matcher.get_error()}")
         form = Form(matcher, self.vocabulary, self.tokenizer.vocab_size)
-        if not form.can_begin:
+        if not form.can_begin(self.ends):
             raise RequestError(f"{kind} cannot be used: no text but an empty one, or none at all, has this form")
         return form
 

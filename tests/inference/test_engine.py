@@ -192,7 +192,7 @@ def test_blocks_that_run_out_put_the_last_request_back_and_the_answers_stay(make
 def test_ten_thousand_requests_added_and_cancelled_at_random_leave_the_pool_whole(make_engine):
     config = tiny(**CONFIGS["multi-query with predictions"], num_hidden_layers=1)
     dice = random.Random(0)
-    engine = make_engine(randomised(config), True, block_size=2, num_blocks=100, max_step_tokens=200, max_sequences=40)
+    engine = make_engine(randomised(config), True, block_size=2, num_blocks=70, max_step_tokens=200, max_sequences=40)
     live: list[int] = []
     for count in range(10_000):
         prompt = [dice.randrange(3) for _ in range(dice.randint(1, 4))]
