@@ -129,6 +129,7 @@ def _engine(workload: Workload) -> Engine:
         max_step_tokens=8192,
         prefix_caching=False,
         draft_tokens=workload.draft_tokens or None,
+        always_draft=True,
     )
     if workload.acceptance is not None:
         return PretendingEngine(model, speculative=True, settings=settings, acceptance=workload.acceptance)

@@ -15,7 +15,8 @@ class EngineConfig(Settings):
     `memory_share` of the memory that is free once the model is loaded, and never more than `max_sequences` of the
     model's longest texts need. A step computes at most `max_step_tokens` tokens, so that a long prompt holds the others
     up by no more than that. `draft_tokens` are tried a step where the engine speculates; None takes one for each
-    prediction layer. On a GPU decoding is captured in `cuda_graphs`.
+    prediction layer. Drafts rest while they make decoding slower, unless `always_draft`. On a GPU decoding is captured
+    in `cuda_graphs`.
     """
 
     block_size: Positive = 64
@@ -26,4 +27,5 @@ class EngineConfig(Settings):
     max_waiting: Positive | None = None
     prefix_caching: bool = True
     cuda_graphs: bool = True
+    always_draft: bool = False
     draft_tokens: int | None = Field(None, ge=1, le=16)

@@ -17,9 +17,14 @@ def _describe(error: ValidationError, title: str) -> str:
         path = ".".join(str(part) for part in one["loc"]) or title
         text = one["msg"].removeprefix("Value error, ")
         given = one.get("input")
-        shown = f" (given {given!r})" if one["loc"] and not isinstance(given, Mapping) else ""
+        shown = f" (given {_clipped(given)})" if one["loc"] and not isinstance(given, Mapping) else ""
         lines.append(f"{path}: {text}{shown}")
     return "; ".join(lines)
+
+
+def _clipped(given: object) -> str:
+    text = repr(given)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 class Settings(BaseModel):

@@ -41,6 +41,8 @@ class Admission:
 
     def check(self, prompt: Prompt, params: SamplingParams) -> Wish:
         """A wish that can be fulfilled, or RequestError."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"what is asked for must be SamplingParams, not {type(params).__name__}")
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError("the prompt is text, but this model has no tokenizer", hint="send token ids")

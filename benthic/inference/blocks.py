@@ -22,7 +22,7 @@ def chain(parent: Digest, tokens: Sequence[int]) -> Digest:
 
 def salted(salt: str) -> Digest:
     """The parent of a sequence's first block."""
-    return blake2b(salt.encode(), digest_size=16, person=b"benthic salt").digest()
+    return blake2b(salt.encode(errors="surrogatepass"), digest_size=16, person=b"benthic salt").digest()
 
 
 class BlockPool:

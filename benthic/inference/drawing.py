@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benthic.inference.runner import Computed, Runner
+from benthic.inference.scheduler import Work
 from benthic.model.sampling import Sampler, distributions, pick
 
 
@@ -43,10 +45,32 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
     ]
 
 
+def draw_works(runner: Runner, works: Sequence[Work], computed: Computed) -> list[list[Drawn]]:
+    """For each piece of work the tokens that follow its last one and each of its drafts; none where more of the prompt
+    is to come."""
+    places, rows, counts = [], [], []
+    for (request, count, drafts), mine in zip(works, computed.rows, strict=True):
+        wanted = 1 + len(drafts) if count == request.remaining else 0
+        counts.append(wanted)
+        places += range(mine.stop - wanted, mine.stop)
+        if request.form is None or not wanted:
+            rows += [Row(request.sampler, drafts[:place]) for place in range(wanted)]
+        else:
+            masks = request.form.allowed(drafts)
+            rows += [Row(request.sampler, drafts[:place], masks[place]) for place in range(wanted)]
+    if not rows:
+        return [[] for _ in works]
+    if computed.logits is not None and len(places) == len(computed.logits):
+        logits = computed.logits
+    else:
+        logits = runner.logits(runner.take_rows(computed.hidden, places))
+    drawn = iter(draw(logits, rows))
+    return [[next(drawn) for _ in range(count)] for count in counts]
+
+
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
     """Of one token a row: float32 [R]."""
-    logits = logits.float()
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    return logits.log_softmax(-1, dtype=torch.float32).gather(-1, tokens[:, None])[:, 0]
 
 
 def likeliest(logits: Tensor, wanted: Sequence[int | None]) -> list[dict[int, float] | None]:

@@ -6,6 +6,7 @@ requests may come and be cancelled. An engine belongs to one thread.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from benthic.inference.admission import Admission, Prompt, Wish
 from benthic.inference.answer import Answer
 from benthic.inference.blocks import BlockPool
 from benthic.inference.completion import Completion, Event
-from benthic.inference.drawing import Drawn, Row, draw
+from benthic.inference.drawing import Drawn, draw_works
+from benthic.inference.pace import Pace
 from benthic.inference.pretrained import load_model
 from benthic.inference.records import keep_prompt_logprobs, keep_routes
 from benthic.inference.request import Request, Status
@@ -64,7 +66,8 @@ class Engine:
         self.pool = BlockPool(blocks)
         self.scheduler = Scheduler(self.settings, self.pool, drafts)
         self.runner = Runner(model, self.settings, blocks, bool(drafts))
-        self._drafter = Drafter(self.runner, blocks) if drafts else None
+        self._pace = Pace(judges=not self.settings.always_draft)
+        self._drafter = Drafter(self.runner, blocks, self._pace) if drafts else None
         self._admission = Admission(model, tokenizer, self.scheduler, self.settings)
         self._answers: dict[int, tuple[Request, Answer]] = {}
         self._statistics = Statistics(blocks=blocks)
@@ -104,6 +107,10 @@ class Engine:
         `params` are for all or one for each. `on_event` sees what every step adds. Raises RequestError before anything
         runs when one of the prompts cannot be served.
         """
+        if not isinstance(prompts, list | tuple):
+            raise RequestError(
+                f"prompts must be a list, not {type(prompts).__name__}", hint="one prompt is a list of one: [prompt]"
+            )
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(each)} sampling parameters")
@@ -121,6 +128,8 @@ class Engine:
                         unfinished.discard(event.request_id)
                     if on_event is not None:
                         on_event(event)
+                # What on_event cancelled has no event any more.
+                unfinished &= self._answers.keys()
         finally:
             # Nobody waits for what an error or an interrupt left behind.
             for request_id in unfinished:
@@ -134,6 +143,8 @@ class Engine:
         see another's prompts cannot tell from the time to the first token that somebody sent them. Raises RequestError
         for what can never be served and CapacityError when too many wait.
         """
+        if type(priority) is not int or not isinstance(salt, str):
+            raise RequestError(f"a priority is a whole number and a salt is text, not {priority!r} and {salt!r}")
         most = self.settings.max_waiting
         if most is not None and len(self.scheduler.waiting) + params.n > most:
             raise CapacityError(
@@ -154,6 +165,9 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One call of the model, and what it added to each answer; nothing when there is no work."""
+        begun = time.perf_counter()
+        if self._drafter is not None:
+            self._pace.prepare(self.scheduler.running)
         works = self.scheduler.schedule()
         if not works:
             assert not self._answers, "requests are there, but none can run"
@@ -168,14 +182,20 @@ class Engine:
         events, news = [], []
         for work, rows, tokens in zip(works, computed.rows, drawn, strict=True):
             request, start = work.request, work.request.computed
-            event = self._settle(work, rows, tokens, computed)
+            try:
+                event = self._settle(work, rows, tokens, computed)
+            except Exception as error:
+                event = self._fail(request, error)
             if event is not None:
                 events.append(event)
             if self._drafter is not None and request.status is Status.RUNNING:
                 wanted = min(self._draft_tokens, request.tokens_left - 1) if tokens else 0
                 news.append(News(request, start, request.computed - start, rows.start, wanted))
         if self._drafter is not None:
+            main = time.perf_counter() - begun
             self._follow(self._drafter, news, computed)
+            tokens = sum(len(event.token_ids) for event in events)
+            self._pace.note(works, tokens, main, time.perf_counter() - begun)
         return events
 
     def forget_prefixes(self) -> None:
@@ -193,6 +213,7 @@ class Engine:
             drafter.follow(news, computed.hidden)
         except BaseException as error:
             # Rows of layers that stopped half-way cannot be relied on; what was drawn stays.
+            self.forget_prefixes()
             for one in news:
                 self.scheduler.put_back(one.request)
             if not isinstance(error, torch.OutOfMemoryError):
@@ -218,26 +239,8 @@ class Engine:
         return (self.settings.draft_tokens or layers) if speculative and layers else 0
 
     def _draw(self, works: list[Work], computed: Computed) -> list[list[Drawn]]:
-        """For each piece of work the tokens that follow its last one and each of its drafts; none where more of the
-        prompt is to come."""
-        places, rows, counts = [], [], []
-        for (request, count, drafts), mine in zip(works, computed.rows, strict=True):
-            wanted = 1 + len(drafts) if count == request.remaining else 0
-            counts.append(wanted)
-            places += range(mine.stop - wanted, mine.stop)
-            if request.form is None or not wanted:
-                rows += [Row(request.sampler, drafts[:place]) for place in range(wanted)]
-            else:
-                masks = request.form.allowed(drafts)
-                rows += [Row(request.sampler, drafts[:place], masks[place]) for place in range(wanted)]
-        if not rows:
-            return [[] for _ in works]
-        if computed.logits is not None and len(places) == len(computed.logits):
-            logits = computed.logits
-        else:
-            logits = self.runner.logits(self.runner.take_rows(computed.hidden, places))
-        drawn = iter(draw(logits, rows))
-        return [[next(drawn) for _ in range(count)] for count in counts]
+        """What the step's states say comes next."""
+        return draw_works(self.runner, works, computed)
 
     def _settle(self, work: Work, rows: slice, drawn: list[Drawn], computed: Computed) -> Event | None:
         """Keep what the step found for one request."""
@@ -268,6 +271,16 @@ class Engine:
             if not drawn:
                 return None
         return Event(request.id, tuple(request.completion.token_ids[before:]), answer.news(), request.completion)
+
+    def _fail(self, request: Request, error: Exception) -> Event:
+        """A request whose answer cannot be written, by a fault in a tokenizer or a form: the others go on."""
+        logger.error("engine: request %d failed", request.id, exc_info=error)
+        completion = request.completion
+        completion.finish_reason, completion.error = "error", f"{type(error).__name__}: {error}"
+        self.scheduler.finish(request)
+        del self._answers[request.id]
+        self._statistics.add(completion)
+        return Event(request.id, (), "", completion)
 
     def _add(self, wish: Wish, priority: int = 0, salt: str = "") -> list[Request]:
         requests = self._admission.requests(wish, priority, salt)

@@ -1,7 +1,7 @@
 """Text bound to a form (JSON schema, regular expression, Lark grammar): which tokens may come next, by llguidance.
 
-A form follows one answer token by token and can look ahead over drafts and step back, so that it binds speculative
-decoding as it binds plain decoding.
+A form follows one answer token by token and can look ahead over drafts, so that it binds speculative decoding as it
+binds plain decoding.
 """
 
 from __future__ import annotations
@@ -31,24 +31,28 @@ _JSON = {"whitespace_pattern": r"( |\n {0,32})?"}
 
 
 class Form:
-    """Where one answer stands in its form."""
+    """Where one answer stands in its form. Of the model's `vocabulary` the first `spelled` tokens have a text."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: llguidance.LLMatcher, vocabulary: int, spelled: int) -> None:
+        self._matcher, self._vocabulary, self._spelled = matcher, vocabulary, spelled
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing may follow any more."""
         return self._matcher.is_stopped()
 
+    def can_begin(self, ends: frozenset[int]) -> bool:
+        """Whether any token but one of `ends` may come next."""
+        return any(token not in ends for token in self._mask().nonzero().flatten().tolist())
+
     @property
     def error(self) -> str:
         """Why the form cannot be followed any further; empty as long as it can."""
-        return self._matcher.get_error()
+        return self._matcher.get_error().partition("\n")[0]
 
     def copy(self) -> Form:
         """The same form at the same place, for another answer."""
-        return Form(self._matcher.deep_copy(), self._vocabulary)
+        return Form(self._matcher.deep_copy(), self._vocabulary, self._spelled)
 
     def take(self, token: int) -> None:
         """The answer goes on with `token`, one of those allowed."""
@@ -56,22 +60,21 @@ class Form:
 
     def allowed(self, drafts: Sequence[int] = ()) -> list[Tensor | None]:
         """Which tokens bool [V] may come next, and behind each of `drafts`; None behind one that may not come."""
-        masks = [self._mask()]
+        # On a copy: a form that fails behind a draft cannot step back, and the draft may be wrong.
+        ahead, masks = (self.copy() if drafts else self), [self._mask()]
         for draft in drafts:
-            if self.is_complete or not masks[-1][draft]:
+            if ahead.is_complete or not masks[-1][draft]:
                 break
-            self._matcher.consume_token(draft)
-            masks.append(self._mask())
-        self._matcher.rollback(len(masks) - 1)
+            ahead.take(draft)
+            masks.append(ahead._mask())
         return [*masks, *[None] * (1 + len(drafts) - len(masks))]
 
     def _mask(self) -> Tensor:
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         mask = torch.zeros(self._vocabulary, dtype=torch.bool)
-        if self.is_complete:
-            return mask
-        known = min(len(bits), self._vocabulary)
-        mask[:known] = torch.from_numpy(bits[:known].astype(bool))
+        if not self.is_complete:
+            bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+            known = min(len(bits), self._vocabulary, self._spelled)
+            mask[:known] = torch.from_numpy(bits[:known].astype(bool))
         return mask
 
 
@@ -94,7 +97,10 @@ class Forms:
             raise RequestError(f"{kind} cannot be used: {error}") from None
         if matcher.is_error():
             raise RequestError(f"{kind} cannot be used: {matcher.get_error()}")
-        return Form(matcher, self.vocabulary)
+        form = Form(matcher, self.vocabulary, self.tokenizer.vocab_size)
+        if not form.can_begin(self.ends):
+            raise RequestError(f"{kind} cannot be used: no text but an empty one, or none at all, has this form")
+        return form
 
     @cached_property
     def _vocabulary_tree(self) -> llguidance.LLTokenizer:

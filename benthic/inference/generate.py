@@ -58,8 +58,13 @@ def _until_stop(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
 
 def check_prompt(prompt: Sequence[int], params: SamplingParams, vocabulary: int, positions: int) -> None:
     """Raise RequestError for an empty prompt, ids outside the vocabulary, and a length beyond the positions."""
+    if not isinstance(prompt, list | tuple):
+        raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
     if not prompt:
         raise RequestError("the prompt has no tokens", hint="give at least one character of text")
+    odd = [token for token in prompt if type(token) is not int]
+    if odd:
+        raise RequestError(f"the prompt holds {odd[0]!r}, a {type(odd[0]).__name__}; token ids are whole numbers")
     wrong = next((token for token in prompt if not 0 <= token < vocabulary), None)
     if wrong is not None:
         raise RequestError(

@@ -96,6 +96,8 @@ def _answers(
 
 def _add(engine: Engine, line: dict[str, Any], params: SamplingParams) -> list[int]:
     changes = line.get("params", {})
+    if not isinstance(changes, dict):
+        raise RequestError(f"params must be an object, not {changes!r}")
     params = params.replace(**changes) if changes else params
     if "messages" in line:
         if engine.tokenizer is None:
@@ -124,10 +126,13 @@ def _row(index: int, completions: list[Completion]) -> dict[str, Any]:
 
 def _read(source: Path) -> list[dict[str, Any]]:
     try:
-        texts = source.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold U+2028 and others of what Unicode calls the end of a line.
+        texts = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {source}: {error}") from None
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if texts == [""]:
+        return rows
     for number, text in enumerate(texts, 1):
         try:
             row = json.loads(text)
@@ -149,13 +154,17 @@ def _resume(partial: Path, heading: dict[str, Any]) -> dict[int, Any]:
     whole, _, cut = partial.read_bytes().rpartition(b"\n")
     if cut:
         os.truncate(partial, len(whole) + 1 if whole else 0)
-    rows = [json.loads(line) for line in whole.splitlines()]
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+        known = {row["index"]: row for row in rows[1:]}
+    except (ValueError, KeyError, TypeError):
+        rows, known = [None], {}
     if rows and rows[0] != heading:
         raise RunError(
             f"{partial} holds answers to another input, or with other settings",
             hint="remove it to begin anew, or give the same input and settings to go on",
         )
-    return {row["index"]: row for row in rows[1:]}
+    return known
 
 
 def _append(file: BinaryIO, row: dict[str, Any]) -> None:
@@ -165,4 +174,5 @@ def _append(file: BinaryIO, row: dict[str, Any]) -> None:
 
 
 def _encoded(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    # Half of a surrogate pair, which only an escape can say, stays an escape.
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

@@ -25,7 +25,8 @@ class Request:
 
     `rank` orders requests: the smallest is served first and given up last. `leader` is the request whose prompt this
     one shares (n > 1): it waits until those blocks are filled. Prediction layers hold rows of positions below
-    `predicted` (0: none yet), and go on from the states `carried`, by the number of layers they went through.
+    `predicted` (0: none yet), and go on from the states `carried`, by the number of layers they went through;
+    whether they follow this request at all is open (`follows` None) until its first step.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Request:
         self.drafts: list[int] = []
         self.predicted = 0
         self.carried: dict[int, Tensor] = {}
+        self.follows: bool | None = None
         self.completion = Completion(prompt, index)
         self.form: Form | None = None
         self._digests = [salt]
@@ -76,6 +78,7 @@ class Request:
         """Forget all rows; tokens stay."""
         self.blocks, self.drafts, self.carried = [], [], {}
         self.computed = self.predicted = 0
+        self.follows = None
 
     @property
     def may_share(self) -> bool:

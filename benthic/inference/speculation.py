@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benthic.inference.batch import Stretch
+from benthic.inference.pace import Pace
 from benthic.inference.request import Request
 from benthic.inference.runner import Runner
 
@@ -73,16 +74,21 @@ class _Level:
 
 class Drafter:
     """The prediction layers of all requests. `ends` [blocks, layers, D] keeps what the layers need to go on behind a
-    full block, so that a sequence may find its beginning in the cache."""
+    full block, so that a sequence may find its beginning in the cache; `filled` are the blocks where that holds. A
+    request that was not followed from its first step on never is, nor one that found blocks of such requests."""
 
-    def __init__(self, runner: Runner, num_blocks: int) -> None:
-        self.runner, self.layers = runner, runner.num_predictions
+    def __init__(self, runner: Runner, num_blocks: int, pace: Pace) -> None:
+        self.runner, self.layers, self.pace = runner, runner.num_predictions, pace
+        self.filled = [False] * num_blocks
         width = runner.model.config.hidden_size
         self.ends = torch.zeros(num_blocks, self.layers, width, device=runner.device, dtype=runner.dtype)
 
     def follow(self, news: Sequence[News], hidden: Tensor) -> None:
         """Bring all layers up to what the main model knows of the states `hidden` [T, D], and leave drafts with the
         requests."""
+        news = [one for one in news if self._is_followed(one)]
+        if not news:
+            return
         level = _Level(0, hidden)
         for one in news:
             self._resume(one)
@@ -96,6 +102,24 @@ class Drafter:
             self._draft(depth, news, level)
         for one in news:
             one.request.predicted = one.last + 1
+            for block in self._blocks(one):
+                self.filled[block] = True
+
+    def _is_followed(self, one: News) -> bool:
+        request = one.request
+        if request.follows is None:
+            found = request.blocks[: one.start // self.runner.block_size]
+            request.follows = all(self.filled[block] for block in found)
+        if not request.follows or not self.pace.drafting:
+            request.follows, request.drafts, request.carried = False, [], {}
+            for block in self._blocks(one):
+                self.filled[block] = False
+        return request.follows
+
+    def _blocks(self, one: News) -> list[int]:
+        """Those that became full."""
+        size = self.runner.block_size
+        return one.request.blocks[one.start // size : one.last // size]
 
     def _resume(self, one: News) -> None:
         """A request new here starts at position 1, or behind the blocks it found in the cache."""

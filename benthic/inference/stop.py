@@ -34,5 +34,10 @@ class StopText:
 
     def _start_of_a_stop(self) -> int:
         """Length of the longest end of the held text that starts a stop string."""
-        sizes = (size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size]))
+        sizes = (
+            size
+            for stop in self._stops
+            for size in range(1, min(len(stop), len(self._held) + 1))
+            if self._held.endswith(stop[:size])
+        )
         return max(sizes, default=0)

@@ -5,8 +5,8 @@ of each sequence; `lengths[b]` keys are there once the rows of these positions a
 row i sees keys `first` .. lengths[b] - n + i. Query rows from the last start on belong to no sequence.
 References: numerics/reference/paged_latent_attention.py and paged_attention.py. No gradients.
 
-Pools hold finite numbers from the start, also where nothing was written: a hidden row is weighted by 0, and 0 x NaN is
-NaN. Entries of a table behind a sequence's last block are any valid block.
+What lies behind a sequence's last key is never read, or taken as zeros: a hidden row is weighted by 0, and 0 x NaN is
+NaN, which a block's owner before may have left. Entries of a table behind a sequence's last block are any valid block.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ def gather_rows(
 ) -> Float[Tensor, "sequences {length} width"]:
     """The first `length` rows of each sequence; beyond a sequence's own length they are whatever its blocks hold."""
     blocks = -(-length // pool.shape[1])
-    if len(tables) == 1 and blocks == 1 and not tables.is_cuda:
-        return pool[int(tables[0, 0]), :length][None]
+    if len(tables) == 1 and not tables.is_cuda:
+        mine = tables[0, :blocks].tolist()
+        if mine == list(range(mine[0], mine[0] + blocks)):
+            # Neighbours, as blocks of a lone sequence mostly are: nothing to copy.
+            return pool.view(-1, pool.shape[-1])[mine[0] * pool.shape[1] :][:length][None]
     rows = pool.index_select(0, tables[:, :blocks].flatten())
     return rows.view(len(tables), -1, pool.shape[-1])[:, :length]
 
@@ -60,14 +63,15 @@ def absorbed_paged_attention(
 
         return kernel.absorbed_paged_attention(query, pool, tables, starts, lengths, scale, rank, first)
     parts = []
-    for part, rows, count, longest in _alike(starts, lengths):
-        keys = gather_rows(pool, tables[part], longest)  # [b, L, C + R]
+    for part, rows, count, totals in _alike(starts, lengths):
+        keys = _known_rows(pool, tables[part], totals)[:, first:]  # [b, L, C + R]
         queries = query[rows].view(len(keys), -1, query.shape[-1])  # [b, n H, C + R]
         scores = torch.bmm(queries, keys.transpose(1, 2)).float() * scale  # [b, n H, L]
-        mask = _visible(lengths[part], count, longest, first)
+        mask = _visible(lengths[part] - first, count, keys.shape[1])
         if mask is not None:
-            scores = scores.view(len(keys), count, -1, longest).masked_fill_(~mask[:, :, None], -torch.inf)
-        weights = scores.view(len(keys), -1, longest).softmax(-1).type_as(keys)
+            scores = scores.view(len(keys), count, -1, keys.shape[1]).masked_fill_(~mask[:, :, None], -torch.inf)
+            scores = scores.view(len(keys), -1, keys.shape[1])
+        weights = scores.softmax(-1).type_as(keys)
         parts.append(torch.bmm(weights, keys[..., :rank]).view(-1, query.shape[1], rank))
     return _whole(parts, query)
 
@@ -92,10 +96,10 @@ def paged_attention(
         return kernel.paged_attention(query, pool, tables, starts, lengths, scale, key_heads, first)
     heads, width = query.shape[1:]
     parts = []
-    for part, rows, count, longest in _alike(starts, lengths):
-        stored = gather_rows(pool, tables[part], longest)
+    for part, rows, count, totals in _alike(starts, lengths):
+        stored = _known_rows(pool, tables[part], totals)[:, first:]
         key, value = stored.split_with_sizes((key_heads * width, stored.shape[-1] - key_heads * width), -1)
-        mask = _visible(lengths[part], count, longest, first)
+        mask = _visible(lengths[part] - first, count, stored.shape[1])
         out = F.scaled_dot_product_attention(
             query[rows].view(len(stored), count, heads, width).transpose(1, 2),
             key.unflatten(-1, (key_heads, -1)).transpose(1, 2),
@@ -108,6 +112,16 @@ def paged_attention(
     return _whole(parts, query)
 
 
+def _known_rows(pool: Tensor, tables: Tensor, totals: list[int]) -> Tensor:
+    """gather_rows up to the longest of sequences, zeros behind the others' last."""
+    longest = max(totals)
+    rows = gather_rows(pool, tables, longest)
+    for index, total in enumerate(totals):
+        if total < longest:
+            rows[index, total:] = 0
+    return rows
+
+
 def _whole(parts: list[Tensor], query: Tensor) -> Tensor:
     """The results of all query rows; those of no sequence, which come last, are zeros."""
     missing = len(query) - sum(map(len, parts))
@@ -116,26 +130,24 @@ def _whole(parts: list[Tensor], query: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _alike(starts: Tensor, lengths: Tensor) -> Iterator[tuple[slice, slice, int, int]]:
+def _alike(starts: Tensor, lengths: Tensor) -> Iterator[tuple[slice, slice, int, list[int]]]:
     """Neighbouring sequences with equally many query rows: which they are, their rows, how many each has, and the keys
-    of the longest."""
+    of each."""
     bounds, totals = starts.tolist(), lengths.tolist()
     begin = 0
     for end in range(1, len(totals) + 1):
         count = bounds[begin + 1] - bounds[begin]
         if end == len(totals) or bounds[end + 1] - bounds[end] != count:
             if count:
-                yield slice(begin, end), slice(bounds[begin], bounds[end]), count, max(totals[begin:end])
+                yield slice(begin, end), slice(bounds[begin], bounds[end]), count, totals[begin:end]
             begin = end
 
 
 def _visible(
-    lengths: Int32[Tensor, " sequences"], count: int, longest: int, first: int
+    lengths: Int32[Tensor, " sequences"], count: int, longest: int
 ) -> Bool[Tensor, "sequences {count} {longest}"] | None:
     """Keys each query row sees; None where it is all of them."""
-    if count == 1 and len(lengths) == 1 and not first:
+    if count == 1 and len(lengths) == 1:
         return None
-    keys = torch.arange(longest, device=lengths.device)
     last = lengths[:, None] - count + torch.arange(count, device=lengths.device)  # [b, n]
-    seen = keys <= last[..., None]
-    return seen & (keys >= first) if first else seen
+    return torch.arange(longest, device=lengths.device) <= last[..., None]

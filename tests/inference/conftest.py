@@ -9,7 +9,8 @@ def make_engine():
     """Engines whose blocks are all accounted for when the test ends."""
     made = []
 
-    def make(model, speculative=False, tokenizer=None, **settings):
+    def make(model, speculative=False, tokenizer=None, *, always_draft=True, **settings):
+        settings["always_draft"] = always_draft  # tests do not depend on the clock
         made.append(Engine(model, speculative=speculative, tokenizer=tokenizer, settings=EngineConfig(**settings)))
         return made[-1]
 

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from benthic.errors import RequestError
+from benthic.inference.form import Forms
 from benthic.model.sampling import SamplingParams
 from benthic.text import train_tokenizer
 from tests.model.configs import CONFIGS, randomised, tiny
@@ -65,9 +66,17 @@ def test_drafts_do_not_change_a_bound_answer(model, tokenizer, speculative, make
     assert re.match(r"\([0-9]+", done[1].text)
 
 
-def test_a_form_looks_ahead_over_drafts_and_steps_back(tokenizer):
-    from benthic.inference.form import Forms
+def test_a_form_that_fails_behind_a_draft_still_stands_before_it(tokenizer):
+    form = Forms(tokenizer, tokenizer.vocab_size, frozenset()).make(SamplingParams(grammar='start: "b" | "a"~1000000'))
+    a, b = (tokenizer.encode(letter)[0] for letter in "ab")
+    form.allowed([a, a])
+    assert not form.error
+    form.take(b)
+    assert form.is_complete
+    assert not form.error
 
+
+def test_a_form_looks_ahead_over_drafts_and_steps_back(tokenizer):
     form = Forms(tokenizer, tokenizer.vocab_size, frozenset()).make(SamplingParams(regex="ab*c"))
     a, b, c = (tokenizer.encode(letter)[0] for letter in "abc")
     first, second, third, fourth = form.allowed([a, b, a])
@@ -92,6 +101,9 @@ def test_a_form_looks_ahead_over_drafts_and_steps_back(tokenizer):
         ({"json_schema": "no json"}, "json_schema cannot be used"),
         ({"json_schema": {"type": "nothing"}}, "json_schema cannot be used"),
         ({"grammar": "start: missing"}, "grammar cannot be used"),
+        ({"regex": ""}, "regex cannot be used: no text but an empty one, or none at all, has this form"),
+        ({"json_schema": {"$ref": "#"}}, "no text but an empty one, or none at all, has this form"),
+        ({"grammar": 'start: start "a"'}, "no text but an empty one, or none at all, has this form"),
     ],
 )
 def test_a_form_that_cannot_be_is_refused_at_once(model, tokenizer, wish, message, make_engine):

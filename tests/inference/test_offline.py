@@ -99,9 +99,20 @@ def test_answers_to_another_input_are_not_mixed_in(engine, source, tmp_path):
     (tmp_path / ".out.jsonl.partial").write_text('{"input": "another", "params": {}}\n')
     with pytest.raises(RunError, match="holds answers to another input, or with other settings"):
         answer_file(engine, source, output, PARAMS)
+    (tmp_path / ".out.jsonl.partial").write_text("no JSON\n")
+    with pytest.raises(RunError, match="holds answers to another input, or with other settings"):
+        answer_file(engine, source, output, PARAMS)
     output.write_text("")
     with pytest.raises(RunError, match="exists already"):
         answer_file(engine, source, output, PARAMS)
+
+
+def test_odd_characters_and_odd_params_cost_no_other_line(engine, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a\u2028\x85b"}\n{"prompt": "\\ud800"}\n{"prompt": "a", "params": 5}\n', "utf-8")
+    summary = answer_file(engine, source, output, PARAMS)
+    assert (summary["answered"], summary["failed"]) == (1, 2)
+    assert "params must be an object, not 5" in rows_of(output)[2]["error"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def test_a_seed_repeats_the_draws_and_their_frequencies_are_right():
         ({"top_k": -1}, "top_k: Input should be greater than or equal to 0"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
         ({"stop": ("",)}, "stop.0: String should have at least 1 character"),
+        ({"stop": ("x" * 1025,)}, "stop.0: String should have at most 1024 characters"),
+        ({"stop": ("x",) * 65}, "stop: Tuple should have at most 64 items"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens is 5; it can be at most max_tokens (4)"),
         ({"regex": "a", "grammar": "b"}, "regex and grammar are both given; a text is bound to one form"),
         ({"logit_bias": {1: 101.0}}, "logit_bias.1: Input should be less than or equal to 100"),

@@ -17,7 +17,11 @@ def scattered(lengths: list[int], width: int, stream: torch.Generator) -> tuple[
     per_sequence = -(-max(lengths) // BLOCK)
     order = torch.randperm(per_sequence * len(lengths) + 3, generator=stream)
     tables = order[: per_sequence * len(lengths)].view(len(lengths), -1).to(torch.int32)
-    pool = torch.randn(len(order), BLOCK, width, generator=stream)
+    # Not numbers wherever no sequence has written: a block's owner before may have left them.
+    pool = torch.full((len(order), BLOCK, width), torch.nan)
+    for table, length in zip(tables.long(), lengths, strict=True):
+        for place in range(length):
+            pool[table[place // BLOCK], place % BLOCK] = torch.randn(width, generator=stream)
     rows = [pool[table.long()].flatten(0, 1)[:length] for table, length in zip(tables, lengths, strict=True)]
     return pool, tables, rows
 
@@ -76,4 +80,6 @@ def test_rows_are_written_where_their_slots_say_and_gathered_in_order():
     ops.write_rows(pool, rows, torch.tensor([12, 13, 14, 15, 4, 5]))
     assert torch.equal(ops.gather_rows(pool, table, 6)[0], rows)
     assert torch.equal(ops.gather_rows(pool, table, 3)[0], rows[:3])
+    neighbours = torch.tensor([[3, 4]], dtype=torch.int32)
+    assert torch.equal(ops.gather_rows(pool, neighbours, 7)[0], pool[3:5].flatten(0, 1)[:7])
     assert not pool[[0, 2, 4]].any()
