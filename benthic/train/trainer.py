@@ -32,7 +32,7 @@ from benthic.train.progress import Lines
 from benthic.train.recomputation import recompute
 from benthic.train.sample import complete
 from benthic.train.schedule import Place, sequences_at
-from benthic.train.sharded_state import ShardedStates, StoredTensors, is_sharded
+from benthic.train.sharded_state import ShardedStates, is_sharded, stored_tensors
 from benthic.train.state import Progress, State, complete_states, read_state, save_state, state_folder
 from benthic.train.step import Launched, finish, launch, on_device, routing_biases
 
@@ -118,7 +118,7 @@ class Trainer:
         averaged = self.average is not None and self.config.checkpoint.export_average
         if self.world.size > 1:
             folder = state_folder(self.folder.checkpoints, self.step)
-            return StoredTensors(folder / ("average" if averaged else "weights"))
+            return stored_tensors(folder, "average" if averaged else "weights")
         return self.average.tensors if self.average is not None and averaged else self.weights()
 
     def announce(self, display: Lines) -> None:
@@ -218,6 +218,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the training state, keep the newest ones."""
+        self._saving.finish()  # before another copy of everything is made
         average = None if self.average is None else self.average.tensors
         progress = Progress(
             step=self.step,

@@ -16,7 +16,7 @@ import torch
 
 from benthic.config.parallel import ParallelConfig
 from benthic.config.train import CheckpointConfig, EvaluationConfig, LoggingConfig, TrainConfig
-from benthic.errors import NumericsError, PeerError
+from benthic.errors import BenthicError, NumericsError, PeerError
 from benthic.train.run import run
 from tests.parallel.processes import on_ranks
 from tests.train.small import small_run
@@ -136,3 +136,29 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_p
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == 2
     assert list((tmp_path / "run" / "failures").iterdir())
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").is_file()  # begun before, finished
+
+
+def refused(config: TrainConfig, folder: Path, there: Path) -> str:
+    """What a rank raises; rank 1 is given another folder."""
+    try:
+        run(config, there if os.environ["RANK"] == "1" else folder)
+    except BenthicError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_run_folder_that_rank_0_cannot_use_is_its_word_alone(tmp_path):
+    (tmp_path / "letter").write_text("something of the user's")
+    told = on_ranks(2, refused, a_run(), tmp_path, tmp_path)
+    assert told[0].startswith(f"RunError: run folder {tmp_path} is not empty (it holds letter)")
+    assert told[1] == f"PeerError: rank 0 could not use the run folder {tmp_path}"
+
+
+def test_a_run_folder_that_not_all_ranks_see_is_refused(tmp_path):
+    told = on_ranks(2, refused, a_run(), tmp_path / "here", tmp_path / "there")
+    assert told[0].startswith("PeerError")
+    assert told[1] == (
+        f"RunError: rank 1 does not see the run folder that rank 0 made at {tmp_path / 'there'}\n"
+        "hint: --run-folder must lie on a file system that all hosts see: each rank writes its part there"
+    )
