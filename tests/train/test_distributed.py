@@ -29,7 +29,7 @@ def a_run(layout: str = "") -> TrainConfig:
     return small_run(
         steps=10,
         batch=BatchConfig(sequences=8, micro_sequences=1),
-        balance=BalanceConfig(alpha=1e-2, reference_tokens=64),
+        balance=BalanceConfig(alpha=1e-2, device_alpha=2e-2, communication_alpha=1e-2, reference_tokens=64),
         checkpoint=CheckpointConfig(every=5, keep=None, export_weights="fp32"),
         logging=LoggingConfig(every=1, routing_every=1),
         parallel=ParallelConfig.parse(layout),
