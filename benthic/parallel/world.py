@@ -120,6 +120,10 @@ class World(Seat):
         dist.all_reduce(total, group=self.control)
         return int(total)
 
+    def leaders(self, number: int) -> int:
+        """Rank 0's `number`, on every rank."""
+        return self.total(number if self.leads else 0)
+
 
 ALONE = World(ParallelConfig(), torch.device("cpu"))
 """One process, on whatever device."""

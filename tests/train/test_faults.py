@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -87,6 +88,37 @@ def test_a_run_whose_rank_is_killed_says_so_begins_again_and_ends_as_if_nothing_
     assert "goes on from the last saved state" in told
     assert out.strip() == str(folder / "model")
     on_ranks(2, run, a_run(), tmp_path / "whole")
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+KILLS = 10
+
+
+def newest_state(folder: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*")), default=0)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_whose_ranks_are_killed_ten_times_ends_as_if_nothing_had_been(tmp_path, asynchronous):
+    """Each life saves after every update, so that about every other kill falls into a save."""
+    config = a_run(steps=80, checkpoint=CheckpointConfig(every=1, keep=2, asynchronous=asynchronous))
+    folder, moments = tmp_path / "killed", random.Random(0)
+    with torchrun(config, folder, "--max-restarts", str(KILLS)) as process:
+        for _ in range(KILLS):
+            before, ends = newest_state(folder), time.monotonic() + SECONDS
+            while newest_state(folder) <= before:
+                assert process.poll() is None, process.communicate()[1]
+                assert time.monotonic() < ends, f"no state after step {before}"
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 0.15))
+            os.kill(process_of_rank(moments.randrange(2), folder), signal.SIGKILL)
+        _, told = process.communicate(timeout=2 * SECONDS)
+    assert process.returncode == 0, told
+    on_ranks(2, run, config, tmp_path / "whole")
     weights = "model/model.safetensors"
     assert (folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     assert losses(folder) == losses(tmp_path / "whole")

@@ -1,6 +1,7 @@
 """States cross layouts: what any number of ranks saved, any other number reads back, bit for bit, and goes on with."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benthic.errors import BenthicError
 from benthic.parallel.placement import part
 from benthic.parallel.world import joined
 from benthic.train import sharded_state
+from benthic.train import trainer as trainer_module
 from benthic.train.folder import RunFolder
 from benthic.train.run import run
 from benthic.train.trainer import Trainer
@@ -123,3 +125,17 @@ def test_a_rank_that_dies_while_states_are_read_does_not_make_them_unreadable(sa
     closed = "[gloo] Connection closed by peer"
     assert sorted(told)[0] == closed
     assert sorted(told)[1].endswith(f"stopped because another did: {closed}")
+
+
+def restored_without_seeing(config: TrainConfig, folder: Path) -> int:
+    """Rank 1's host does not list the states yet."""
+    if os.environ["RANK"] == "1":
+        trainer_module.newest_step = lambda checkpoints: -1
+    with joined(config.parallel, config.model, torch.device("cpu")) as world:
+        trainer = Trainer(config, RunFolder(folder), world)
+        trainer.restore()
+        return trainer.step
+
+
+def test_all_ranks_go_on_from_the_state_that_rank_0_sees(saved):
+    assert on_ranks(2, restored_without_seeing, a_run("fsdp=2"), saved[""][0]) == [UPDATES, UPDATES]
