@@ -3,7 +3,7 @@
 Ranks leave a word in the store that brought them together, which torchrun keeps and which outlives each of them. The
 first to leave speaks; those that come after raise PeerError, which the command line does not print. A rank that was
 told of another's failure raises PeerError itself and lets that one speak. A rank that leaves no word within a few
-seconds was killed.
+seconds, and gives no sign of life either, was killed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 from benthic.errors import BenthicError, PeerError, RunError
+from benthic.parallel.pulse import counts
 
 SECONDS = 5.0
 """How long a rank that has lost touch waits for the last words of the others."""
@@ -71,10 +72,13 @@ def _word(rank: int) -> str:
 def _without_a_word(store: dist.Store, size: int) -> list[int]:
     ends = time.monotonic() + SECONDS
     missing = list(range(size))
+    before = counts(store, missing)
     while missing and time.monotonic() < ends:
         missing = [rank for rank in missing if not store.check([_word(rank)])]
         time.sleep(0.05)
-    return missing
+    after = counts(store, missing)
+    # Who counts on is at work, and has only not come to a collective yet. A dead rank's last count may come late.
+    return [rank for rank in missing if after.get(rank, 0) <= before.get(rank, 0) + 1]
 
 
 def _gone(lost: list[int], rank: int) -> RunError:
