@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benthic.config.parallel import ParallelConfig
-from benthic.config.train import CheckpointConfig, EvaluationConfig, LoggingConfig, TrainConfig
+from benthic.config.train import BatchConfig, CheckpointConfig, EvaluationConfig, LoggingConfig, TrainConfig
 from benthic.errors import BenthicError, NumericsError, PeerError
 from benthic.train.run import run
 from tests.parallel.processes import on_ranks
@@ -44,7 +44,8 @@ def a_run(**changes) -> TrainConfig:
 def torchrun(config: TrainConfig, folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(config.to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(config.parallel.world), *options]
     command += ["-m", "benthic", "train", str(recipe), "--run-folder", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -102,10 +103,12 @@ def newest_state(folder: Path) -> int:
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_run_whose_ranks_are_killed_ten_times_ends_as_if_nothing_had_been(tmp_path, asynchronous):
+@pytest.mark.parametrize(("layout", "asynchronous"), [("fsdp=2,ep=2", False), ("fsdp=4,ep=2", True)])
+def test_a_run_whose_ranks_are_killed_ten_times_ends_as_if_nothing_had_been(tmp_path, layout, asynchronous):
     """Each life saves after every update, so that about every other kill falls into a save."""
-    config = a_run(steps=80, checkpoint=CheckpointConfig(every=1, keep=2, asynchronous=asynchronous))
+    saving = CheckpointConfig(every=1, keep=2, asynchronous=asynchronous)
+    layout = ParallelConfig.parse(layout)
+    config = a_run(steps=80, batch=BatchConfig(sequences=4, micro_sequences=1), checkpoint=saving, parallel=layout)
     folder, moments = tmp_path / "killed", random.Random(0)
     with torchrun(config, folder, "--max-restarts", str(KILLS)) as process:
         for _ in range(KILLS):
@@ -115,10 +118,11 @@ def test_a_run_whose_ranks_are_killed_ten_times_ends_as_if_nothing_had_been(tmp_
                 assert time.monotonic() < ends, f"no state after step {before}"
                 time.sleep(0.002)
             time.sleep(moments.uniform(0, 0.15))
-            os.kill(process_of_rank(moments.randrange(2), folder), signal.SIGKILL)
+            os.kill(process_of_rank(moments.randrange(layout.world), folder), signal.SIGKILL)
         _, told = process.communicate(timeout=2 * SECONDS)
     assert process.returncode == 0, told
-    on_ranks(2, run, config, tmp_path / "whole")
+    assert not list((folder / "checkpoints").glob(".*")), "a save that was interrupted has left something"
+    on_ranks(layout.world, run, config, tmp_path / "whole")
     weights = "model/model.safetensors"
     assert (folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     assert losses(folder) == losses(tmp_path / "whole")
@@ -129,14 +133,15 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] if "loss" in row else row["val_loss"] for row in rows]
 
 
-def test_sigterm_saves_on_all_ranks_and_leaves(tmp_path):
+@pytest.mark.parametrize("told", ["rank 1", "torchrun"])
+def test_sigterm_saves_on_all_ranks_and_leaves(tmp_path, told):
     folder = tmp_path / "stopped"
     with torchrun(a_run(steps=100_000, checkpoint=CheckpointConfig(every=5)), folder) as process:
         wait_for_state(folder, process)
-        os.kill(process_of_rank(1, folder), signal.SIGTERM)
-        _, told = process.communicate(timeout=SECONDS)
-    found = re.search(r"SIGTERM: saved step (\d+); continue with --resume", told)
-    assert found, told
+        os.kill(process.pid if told == "torchrun" else process_of_rank(1, folder), signal.SIGTERM)
+        _, log = process.communicate(timeout=SECONDS)
+    found = re.search(r"SIGTERM: saved step (\d+); continue with --resume", log)
+    assert found, log
     assert (folder / "checkpoints" / f"step-{int(found[1]):08d}" / "state.json").is_file()
 
 
