@@ -204,7 +204,7 @@ class MemoryConfig(Settings):
     expanded from latents and SwiGLU products (DeepSeek-V3, section 3.2.3), cheap all of them; "layer" is everything
     but each layer's input, a third more work. Neither changes a bit of the result.
     `offload_average` keeps the averaged weights in the processor's memory, `offload_optimizer` moments and master
-    weights; both are for GPUs.
+    weights, and their average with them; both are for GPUs.
     """
 
     recomputation: Literal["none", "up_projections", "layer"] = "none"

@@ -58,60 +58,60 @@ def grouped_matmul_fp8(values: Tensor, scales: Tensor, weight: Tensor, weight_sc
             descriptor(values, (TILE[0], 128)),
             descriptor(weight.view(experts * columns, depth), (TILE[1], 128)),
             descriptor(result, (64, 128)),
-            result, scales, weight_scales, ends, experts, rows, N=columns, K_BLOCKS=blocks,
+            result, scales, weight_scales, ends, experts, rows, columns, blocks,
             TILE_M=TILE[0], TILE_N=TILE[1], STAGES=STAGES, BUFFERS=BUFFERS, num_warps=4,
         )  # fmt: skip
     return result
 
 
 @gluon.jit
-def _find_group(tile, group, first_tile, start, end, ends, E, COLUMN_TILES: gl.constexpr, TILE_M: gl.constexpr):
+def _find_group(tile, group, first_tile, start, end, ends, E, column_tiles, TILE_M: gl.constexpr):
     """Moves on to the group of `tile`: (group, its first tile, its rows from `start` to `end`); E past the last."""
-    tiles = gl.cdiv(end - start, TILE_M) * COLUMN_TILES
+    tiles = gl.cdiv(end - start, TILE_M) * column_tiles
     while (group < E) & (tile >= first_tile + tiles):
         first_tile += tiles
         group += 1
         start = end
         if group < E:
             end = gl.load(ends + group)
-        tiles = gl.cdiv(end - start, TILE_M) * COLUMN_TILES
+        tiles = gl.cdiv(end - start, TILE_M) * column_tiles
     return group, first_tile, start, end
 
 
 @gluon.jit
-def _position(tile, start, end, COLUMN_TILES: gl.constexpr, TILE_M: gl.constexpr):
+def _position(tile, start, end, column_tiles, TILE_M: gl.constexpr):
     """(row tile, column tile) of a group's tile: bands of 8 row tiles, down first, so that neighbours share in L2."""
     BAND: gl.constexpr = 8
-    band = tile // (BAND * COLUMN_TILES)
+    band = tile // (BAND * column_tiles)
     height = gl.minimum(gl.cdiv(end - start, TILE_M) - band * BAND, BAND)
-    within = tile - band * (BAND * COLUMN_TILES)
+    within = tile - band * (BAND * column_tiles)
     column = within // height
     return band * BAND + within - column * height, column
 
 
 @gluon.jit
 def _produce(
-    a, b, a_scales, b_scales, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E, T,
-    N: gl.constexpr, K_BLOCKS: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr,
+    a, b, a_scales, b_scales, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E, T, N, K_BLOCKS,
+    TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     # Scales come by cp.async, not by the copy engine: that needs 16-byte coordinates, and a group starts at any row.
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    COLUMN_TILES: gl.constexpr = (N + TILE_N - 1) // TILE_N
-    COLUMN_BLOCKS: gl.constexpr = (N + 127) // 128
+    column_tiles = gl.cdiv(N, TILE_N)
+    column_blocks = gl.cdiv(N, 128)
     tile = gl.program_id(0)
     group = gl.to_tensor(0)
     first_tile = gl.to_tensor(0)
     start = gl.to_tensor(0)
     end = gl.load(ends)
-    group, first_tile, start, end = _find_group(tile, group, first_tile, start, end, ends, E, COLUMN_TILES, TILE_M)
+    group, first_tile, start, end = _find_group(tile, group, first_tile, start, end, ends, E, column_tiles, TILE_M)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     while group < E:
-        row, column = _position(tile - first_tile, start, end, COLUMN_TILES, TILE_M)
+        row, column = _position(tile - first_tile, start, end, column_tiles, TILE_M)
         row = start + row * TILE_M
-        block = gl.minimum(column * 2 + (gl.arange(0, 32, layout=LANES) & 1), COLUMN_BLOCKS - 1)
+        block = gl.minimum(column * 2 + (gl.arange(0, 32, layout=LANES) & 1), column_blocks - 1)
         a_scale = a_scales + gl.minimum(row + gl.arange(0, TILE_M, layout=LANES), T - 1)
-        b_scale = b_scales + (group * COLUMN_BLOCKS + block) * K_BLOCKS
+        b_scale = b_scales + (group * column_blocks + block) * K_BLOCKS
         for k in range(K_BLOCKS):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), a.block_type.nbytes + b.block_type.nbytes)
@@ -126,30 +126,30 @@ def _produce(
             b_scale += 1
             stage, phase = next_stage(stage, phase, STAGES)
         tile += gl.num_programs(0)
-        group, first_tile, start, end = _find_group(tile, group, first_tile, start, end, ends, E, COLUMN_TILES, TILE_M)
+        group, first_tile, start, end = _find_group(tile, group, first_tile, start, end, ends, E, column_tiles, TILE_M)
 
 
 @gluon.jit
 def _consume(
-    result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, turns, ends, E,
-    HALF: gl.constexpr, N: gl.constexpr, K_BLOCKS: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr,
-    STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, turns, ends, E, N,
+    K_BLOCKS, HALF: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
 ):  # fmt: skip
     FRAGMENT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, FRAGMENT)
-    COLUMN_TILES: gl.constexpr = (N + TILE_N - 1) // TILE_N
+    column_tiles = gl.cdiv(N, TILE_N)
     tile = gl.program_id(0)
     group = gl.to_tensor(0)
     first_tile = gl.to_tensor(0)
     start = gl.to_tensor(0)
     end = gl.load(ends)
-    group, first_tile, start, end = _find_group(tile, group, first_tile, start, end, ends, E, COLUMN_TILES, TILE_M)
+    group, first_tile, start, end = _find_group(tile, group, first_tile, start, end, ends, E, column_tiles, TILE_M)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     turn = gl.to_tensor(1 - HALF)  # the phase to wait for: the first consumer's first turn is free
     product = gl.zeros([64, 128], gl.float32, FRAGMENT)  # always overwritten; carried so that its registers are reused
     while group < E:
-        row, column = _position(tile - first_tile, start, end, COLUMN_TILES, TILE_M)
+        row, column = _position(tile - first_tile, start, end, column_tiles, TILE_M)
         row = start + row * TILE_M + HALF * 64
         column = column * TILE_N
         left = gl.zeros([64, 128], gl.float32, FRAGMENT)
@@ -181,13 +181,13 @@ def _consume(
         store_rows(left, result_descriptor, result, first, row, column, end, N, BUFFERS - 1)
         store_rows(right, result_descriptor, result, second, row, column + 128, end, N, BUFFERS - 1)
         tile += gl.num_programs(0)
-        group, first_tile, start, end = _find_group(tile, group, first_tile, start, end, ends, E, COLUMN_TILES, TILE_M)
+        group, first_tile, start, end = _find_group(tile, group, first_tile, start, end, ends, E, column_tiles, TILE_M)
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["E", "T", "N", "K_BLOCKS"])  # one compilation for all shapes
 def _kernel(
-    a, b, result_descriptor, result, a_scales, b_scales, ends, E, T, N: gl.constexpr, K_BLOCKS: gl.constexpr,
+    a, b, result_descriptor, result, a_scales, b_scales, ends, E, T, N, K_BLOCKS,
     TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -207,9 +207,9 @@ def _kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_consume, (result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, turns,
-                    ends, E, 0, N, K_BLOCKS, TILE_M, TILE_N, STAGES, BUFFERS)),
+                    ends, E, N, K_BLOCKS, 0, TILE_M, TILE_N, STAGES, BUFFERS)),
         (_consume, (result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, turns,
-                    ends, E, 1, N, K_BLOCKS, TILE_M, TILE_N, STAGES, BUFFERS)),
+                    ends, E, N, K_BLOCKS, 1, TILE_M, TILE_N, STAGES, BUFFERS)),
         (_produce, (a, b, a_scales, b_scales, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E, T,
                     N, K_BLOCKS, TILE_M, TILE_N, STAGES)),
     ], [4, 1], [232, 40])  # fmt: skip

@@ -60,7 +60,7 @@ def grouped_weight_gradient_fp8(
         descriptor(gradient_scales.view(-1), (TILE[0],)),
         descriptor(input_scales.view(-1), (TILE[1],)),
         descriptor(flat, (64, 128)),
-        flat, ends, experts, M=rows, N=columns,
+        flat, ends, experts, rows, columns,
         TILE_M=TILE[0], TILE_N=TILE[1], STAGES=STAGES, BUFFERS=BUFFERS[dtype], num_warps=4,
     )  # fmt: skip
     return result
@@ -82,14 +82,14 @@ def token_groups(tokens: int, rows: int, columns: int, device: torch.device) -> 
 
 
 @gluon.jit
-def _position(tile, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr):
+def _position(tile, row_tiles, column_tiles):
     """(group, row tile, column tile) of a tile: bands of 8 row tiles, down first, so that neighbours share in L2."""
     BAND: gl.constexpr = 8
-    group = tile // (ROW_TILES * COLUMN_TILES)
-    local = tile - group * (ROW_TILES * COLUMN_TILES)
-    band = local // (BAND * COLUMN_TILES)
-    height = gl.minimum(ROW_TILES - band * BAND, BAND)
-    within = local - band * (BAND * COLUMN_TILES)
+    group = tile // (row_tiles * column_tiles)
+    local = tile - group * (row_tiles * column_tiles)
+    band = local // (BAND * column_tiles)
+    height = gl.minimum(row_tiles - band * BAND, BAND)
+    within = local - band * (BAND * column_tiles)
     column = within // height
     return group, band * BAND + within - column * height, column
 
@@ -101,16 +101,16 @@ def _start(ends, group):
 
 @gluon.jit
 def _produce(
-    a, b, a_scales, b_scales, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E,
-    M: gl.constexpr, N: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr,
+    a, b, a_scales, b_scales, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E, M, N,
+    TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    ROW_TILES: gl.constexpr = (M + TILE_M - 1) // TILE_M
-    COLUMN_TILES: gl.constexpr = (N + TILE_N - 1) // TILE_N
+    row_tiles = gl.cdiv(M, TILE_M)
+    column_tiles = gl.cdiv(N, TILE_N)
     BYTES: gl.constexpr = (TILE_M + TILE_N) * (128 + 4)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), E * ROW_TILES * COLUMN_TILES, gl.num_programs(0)):
-        group, row, column = _position(tile, ROW_TILES, COLUMN_TILES)
+    for tile in range(gl.program_id(0), E * row_tiles * column_tiles, gl.num_programs(0)):
+        group, row, column = _position(tile, row_tiles, column_tiles)
         start = _start(ends, group)
         first = start // 128 + group
         for k in range(first, first + gl.cdiv(gl.load(ends + group) - start, 128)):
@@ -126,26 +126,25 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E,
-    HALF: gl.constexpr, M: gl.constexpr, N: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr,
-    STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E, M, N,
+    HALF: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     FRAGMENT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, FRAGMENT)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, FRAGMENT)
-    ROW_TILES: gl.constexpr = (M + TILE_M - 1) // TILE_M
-    COLUMN_TILES: gl.constexpr = (N + TILE_N - 1) // TILE_N
-    tiles = E * ROW_TILES * COLUMN_TILES
+    row_tiles = gl.cdiv(M, TILE_M)
+    column_tiles = gl.cdiv(N, TILE_N)
+    tiles = E * row_tiles * column_tiles
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     product = gl.zeros([64, 128], gl.float32, FRAGMENT)  # always overwritten; carried so that its registers are reused
     tile = gl.program_id(0)
-    group, row, column = _position(tile, ROW_TILES, COLUMN_TILES)
-    tokens = gl.load(ends + group, mask=group < E, other=0) - _start(ends, gl.minimum(group, E - 1))
+    first_group = gl.minimum(tile // (row_tiles * column_tiles), E - 1)
+    tokens = gl.load(ends + first_group) - _start(ends, first_group)
     while tile < tiles:  # a `for` loop would fold the next tile's `tokens` to the first's (Triton 3.6)
-        group, row, column = _position(tile, ROW_TILES, COLUMN_TILES)
+        group, row, column = _position(tile, row_tiles, column_tiles)
         tile += gl.num_programs(0)
-        next_group = gl.minimum(tile, tiles - 1) // (ROW_TILES * COLUMN_TILES)
+        next_group = gl.minimum(tile, tiles - 1) // (row_tiles * column_tiles)
         next_tokens = gl.load(ends + next_group) - _start(ends, next_group)
         upper = gl.zeros([64, 128], gl.float32, FRAGMENT)
         lower = gl.zeros([64, 128], gl.float32, FRAGMENT)
@@ -175,9 +174,11 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
+# One compilation for all shapes. Of constants, the compiler could also find a comparison in store_rows to be of equals,
+# and fails on the branch that is then never taken (docs/kernels-fp8.md).
+@gluon.jit(do_not_specialize=["E", "M", "N"])
 def _kernel(
-    a, b, a_scales, b_scales, result_descriptor, result, ends, E, M: gl.constexpr, N: gl.constexpr,
+    a, b, a_scales, b_scales, result_descriptor, result, ends, E, M, N,
     TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     a_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE_M, 128], a.layout)
@@ -193,9 +194,9 @@ def _kernel(
     fence_async_shared()
     gl.warp_specialize([
         (_consume, (result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends,
-                    E, 0, M, N, TILE_M, TILE_N, STAGES, BUFFERS)),
+                    E, M, N, 0, TILE_M, TILE_N, STAGES, BUFFERS)),
         (_consume, (result_descriptor, result, buffers, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends,
-                    E, 1, M, N, TILE_M, TILE_N, STAGES, BUFFERS)),
+                    E, M, N, 1, TILE_M, TILE_N, STAGES, BUFFERS)),
         (_produce, (a, b, a_scales, b_scales, a_ring, b_ring, a_scale_ring, b_scale_ring, full, empty, ends, E,
                     M, N, TILE_M, TILE_N, STAGES)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -151,7 +151,7 @@ def _weights(
         tl.store(transposed_scales + across, scale)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["E"])
 def _columns(
     x, ends, values, scales, C, WORDS, E,
     POWER_OF_TWO: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILES: gl.constexpr,

@@ -77,7 +77,7 @@ def take_quantised_rows(values: Tensor, scales: Tensor, tokens: Tensor) -> tuple
     return taken, taken_scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "BLOCKS"])
 def _take(
     values, scales, tokens, taken, taken_scales, T, R, WIDTH, BLOCKS, ROWS: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def _take(
     tl.store(taken_scales + block[:, None].to(tl.int64) * R + r[None, :], scale, mask=inside)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["T", "E"])  # what they are divisible by helps nothing: fewer compilations
 def _retile(
     values, scales, ends, tokens, result, result_scales, T, C, WORDS, E,
     TAKES: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, TILES: gl.constexpr,

@@ -69,13 +69,14 @@ class Average:
 
 
 class OffloadedAverage(Average):
-    """Averages in the processor's memory, moved by the processor while the GPU makes the next update (3.2.3).
+    """Averages in the processor's memory, moved by the processor while `device` makes the next update (3.2.3).
 
     Weights of a GPU are copied to pinned memory on a stream of their own; those that live on the processor already
-    are read where they are. Before either changes, `let_go` must be called.
+    are read where they are, once all that `device` was given before has written them. Before either changes, `let_go`
+    must be called.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], decay: float, device: torch.device) -> None:
         super().__init__(weights, decay)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="average")
         self._moving: Future[None] | None = None
@@ -86,8 +87,8 @@ class OffloadedAverage(Average):
             if weight.is_cuda
         }
         self._reads_in_place = len(self._passing) < len(weights)
-        self._copied = torch.cuda.Event() if self._passing else None
-        self._stream = torch.cuda.Stream() if self._passing else None
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream() if device.type == "cuda" else None
 
     def _first(self, weight: Tensor) -> Tensor:
         return weight.float().cpu() if weight.is_cuda else weight.float().clone()

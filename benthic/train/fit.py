@@ -49,7 +49,8 @@ def training_of(config: TrainConfig, compute: str) -> Training:
         precision=PRECISIONS[compute],
         bf16_moments=config.precision.moments == "bfloat16",
         recomputation=memory.recomputation,
-        averaged_weights=config.optimizer.ema_decay is not None and not memory.offload_average,
+        averaged_weights=config.optimizer.ema_decay is not None
+        and not (memory.offload_average or memory.offload_optimizer),
     )
 
 

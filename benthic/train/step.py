@@ -1,7 +1,8 @@
 """One update: micro-batches, loss, backward, clip, the parameters, then the routing biases.
 
 A GPU gets the whole update without the host waiting for any of it. What the update depends on (is everything finite,
-how much to clip) is decided on the device, and the few numbers of the record come to the host together, at the end.
+how much to clip) is decided on the device, and the few numbers of the record come to the host together, at the end:
+their copy is enqueued with the update, so that whoever waits for it does not wait for what was launched behind it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """An update that a GPU may still be working on. `batch` is the host's."""
+    """An update that a GPU may still be working on.
+
+    `numbers` (losses, norm, finite) and `loads` are the host's, but filled only when `arrived` has happened (None: they
+    are there). `batch` is the host's.
+    """
 
     place: Place
     scale: Scale
@@ -66,6 +71,7 @@ class Launched:
     finite: Tensor
     numbers: Tensor
     loads: dict[int, Tensor]
+    arrived: torch.cuda.Event | None
     batch: Batch
 
 
@@ -113,8 +119,21 @@ def launch(
     speed = scaled_speed(value(balance.speed, place), tokens, balance.reference_tokens)
     # Loads of zero are even loads: where the update must not happen, no bias moves.
     move_biases(routing_biases(model), {layer: load * finite for layer, load in loads.items()}, balance, speed)
-    numbers = torch.stack([*seen, norm, finite.float()])
-    return Launched(place, scale, learning_rate, parts, norms, finite, numbers, loads, batch)
+    numbers = torch.stack([*seen, norm, finite.float()]).to("cpu", non_blocking=True)
+    if loads:
+        together = torch.stack(list(loads.values())).to("cpu", non_blocking=True)
+        loads = dict(zip(loads, together.unbind(), strict=True))
+    arrived = _mark(finite.device)
+    return Launched(place, scale, learning_rate, parts, norms, finite, numbers, loads, arrived, batch)
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """What a GPU passes when it has done all that it was given so far."""
+    if device.type != "cuda":
+        return None
+    mark = torch.cuda.Event()
+    mark.record(torch.cuda.current_stream(device))
+    return mark
 
 
 def finish(launched: Launched, failures: Path, world: World = ALONE) -> Update:
@@ -123,6 +142,8 @@ def finish(launched: Launched, failures: Path, world: World = ALONE) -> Update:
     Raises NumericsError when the loss or the gradient was not finite: nothing has changed then, and the batch is left
     under `failures`, by the rank where it was seen first.
     """
+    if launched.arrived is not None:
+        launched.arrived.synchronize()
     loss, prediction, balance, norm, finite = launched.numbers.tolist()
     result = Update(
         step=launched.place.step,

@@ -96,9 +96,11 @@ class Trainer:
         decay = self.config.optimizer.ema_decay
         if decay is None:
             return None
-        if not self.config.memory.offload_average:
+        memory = self.config.memory
+        # An average of masters that are elsewhere is there too, and reads them when the GPU has written them.
+        if not memory.offload_average and not memory.offload_optimizer:
             return Average(self.weights(), decay)
-        average = OffloadedAverage(self.weights(), decay)
+        average = OffloadedAverage(self.weights(), decay, self.device)
         self.optimizer.before_step.append(average.let_go)
         return average
 

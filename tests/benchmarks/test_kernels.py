@@ -192,3 +192,9 @@ def test_every_topic_has_cases():
 
     for topic in kernels.topics():
         assert callable(import_module(f"benchmarks.cases.{topic}").cases), topic
+
+
+def test_topics_alone_are_run_where_nothing_else_is_named():
+    assert kernels.chosen_topics(["step", "norm"]) == ["norm", "step"]
+    assert kernels.chosen_topics(["step", "gradient norms"]) == kernels.topics()
+    assert kernels.chosen_topics(()) == kernels.topics()

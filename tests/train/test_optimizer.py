@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from benthic.config.train import OptimizerConfig, PrecisionConfig
+from benthic.config.train import BalanceConfig, OptimizerConfig, PrecisionConfig
+from benthic.data import Batch
 from benthic.errors import CheckpointError, ConfigError
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
 from benthic.train.ema import Average, OffloadedAverage
+from benthic.train.loss import Scale, losses
 from benthic.train.offload import Lanes
 from benthic.train.optimizer import Optimizer, joint_norm
 from tests.train.small import small_model, small_run
@@ -222,7 +224,7 @@ def test_moments_and_masters_kept_elsewhere_come_to_the_same_bit_for_bit(monkeyp
 def test_an_average_kept_elsewhere_comes_to_the_same_bit_for_bit():
     model, _ = build()
     weights = dict(model.named_parameters())
-    here, elsewhere = Average(weights, 0.9), OffloadedAverage(weights, 0.9)
+    here, elsewhere = Average(weights, 0.9), OffloadedAverage(weights, 0.9, torch.device("cpu"))
     for count in range(1, 5):
         elsewhere.let_go()
         with torch.no_grad():
@@ -254,3 +256,18 @@ def test_ranks_split_states_and_move_none_of_them_away():
 def test_an_average_that_is_not_kept_cannot_be_moved():
     with pytest.raises(ConfigError, match=r"memory\.offload_average needs optimizer\.ema_decay"):
         small_run(device="cuda", optimizer=OptimizerConfig(), memory={"offload_average": True})
+
+
+def test_a_weight_that_is_embedding_and_head_of_two_losses_has_one_gradient_the_sum():
+    tokens = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(0))
+    batch, found = Batch(tokens, torch.zeros_like(tokens)), []
+    for optimised in (False, True):
+        model = LanguageModel(small_model(tie_word_embeddings=True), dtype=torch.bfloat16)
+        initialise(model, 0)
+        optimizer = Optimizer(model, OptimizerConfig()) if optimised else None
+        losses(model, batch, Scale(32, 2), False, 0.3, BalanceConfig()).total.backward()
+        plain = {name: one.grad.float() for name, one in model.named_parameters() if one.grad is not None}
+        found.append(plain if optimizer is None else optimizer.gradients())
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
