@@ -4,16 +4,19 @@ BIN := .venv/bin
 # Two test workers with one compute thread each beat one worker with two threads on the tests' small tensors.
 TEST_WORKERS ?= 2
 
-.PHONY: help demo test check format venv clean
+.PHONY: help demo test test-long check format venv clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.installed ## train, sample and export a small DeepSeek-V3 on this machine, without network
 	$(BIN)/benthic demo
 
 test: .venv/.installed ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -q
+
+test-long: .venv/.installed ## tests of several minutes each: ranks killed again and again
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -q
 
 check: .venv/.installed ## format, lint, types
 	$(BIN)/ruff format --check .

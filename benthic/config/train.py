@@ -133,6 +133,9 @@ class BalanceConfig(Settings):
     that: see train/balance.py for why.
     `auxiliary_loss` is "sequence" (DeepSeek-V3, equations 17 to 20), "expert" (DeepSeek-V2's expert-level loss, on
     the experts actually selected), "batch" (the same over a micro-batch) or "none"; `alpha` weighs it, per layer.
+    `device_alpha` and `communication_alpha` weigh DeepSeek-V2's losses over the model's n_group groups of experts,
+    which stand for its devices (equations 26 to 31; alpha 2 and 3 there, 0.05 and 0.02): what each group computes, and
+    what each is sent where tokens reach only topk_group of them.
     """
 
     bias_rule: Literal["sign", "centred_sign", "none"] = "centred_sign"
@@ -140,6 +143,8 @@ class BalanceConfig(Settings):
     reference_tokens: Positive = 51_200
     auxiliary_loss: Literal["sequence", "expert", "batch", "none"] = "sequence"
     alpha: float = Field(1e-4, ge=0)
+    device_alpha: float = Field(0.0, ge=0)
+    communication_alpha: float = Field(0.0, ge=0)
 
 
 class PredictionConfig(Settings):
@@ -278,6 +283,21 @@ class TrainConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _groups_are_balanced_where_there_are_any(self) -> Self:
+        model, balance = self.model, self.balance
+        if balance.device_alpha and model.n_group == 1:
+            raise ValueError(
+                f"balance.device_alpha is {balance.device_alpha:g}; it balances groups of experts, and model.n_group "
+                "is 1: the loss would be the same whatever the load"
+            )
+        if balance.communication_alpha and model.topk_group == model.n_group:
+            raise ValueError(
+                f"balance.communication_alpha is {balance.communication_alpha:g}; it balances what groups of experts "
+                f"are sent where a token reaches few of them, and model.topk_group is all {model.n_group}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _narrow_moments_move(self) -> Self:
         for name in ("beta1", "beta2") if self.precision.moments == "bfloat16" else ():
             beta = getattr(self.optimizer, name)
@@ -295,6 +315,15 @@ class TrainConfig(Settings):
         for name in ("offload_average", "offload_optimizer"):
             if getattr(self.memory, name):
                 raise ValueError(f"memory.{name} moves things from a GPU to the processor, and device is cpu")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_split_what_one_gpu_moves_away(self) -> Self:
+        if self.memory.offload_optimizer and self.parallel.world > 1:
+            raise ValueError(
+                f"memory.offload_optimizer is for one GPU, and the layout has {self.parallel.world} ranks; "
+                "parallel.shard splits moments and master weights over them instead"
+            )
         return self
 
     def to_yaml(self) -> str:

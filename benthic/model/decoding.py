@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +19,19 @@ def decode(
     params: SamplingParams,
     ends: Set[int],
     dtype: torch.dtype | None = None,
+    agreed: Callable[[int], int] = int,
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, as they are drawn: at most params.max_tokens, and none from the first of `ends`
-    on. `dtype` is what a model computes in whose weights are kept in another. Raises RequestError where the prompt and
-    those exceed the model's positions."""
+    on. `dtype` is what a model computes in whose weights are kept in another. `agreed` makes of each token drawn the
+    one that is taken: where several processes compute one model, the same on all. Raises RequestError where prompt and
+    tokens exceed the model's positions."""
     weight = model.head_weight
     cache = Cache(model.config, 1, len(prompt) + params.max_tokens, weight.device, dtype or weight.dtype)
     sampler, step = Sampler(params, list(prompt), ends), list(prompt)
     for _ in range(params.max_tokens):
         states = model.states(torch.tensor([step], device=weight.device), cache=cache)
         # The head at the last position alone: a long prompt's logits can be larger than the model.
-        token = sampler.draw(F.linear(states.hidden[0, -1], model.head_weight))
+        token = agreed(sampler.draw(F.linear(states.hidden[0, -1], model.head_weight)))
         if token in ends:
             return
         yield token

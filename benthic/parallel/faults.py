@@ -1,22 +1,28 @@
 """When a rank fails, the others fail too: they find a connection closed. One of them says why, and says which rank.
 
 Ranks leave a word in the store that brought them together, which torchrun keeps and which outlives each of them. The
-first to leave speaks; those that come after raise PeerError, which the command line does not print. A rank that leaves
-no word within a few seconds was killed.
+first to leave speaks; those that come after raise PeerError, which the command line does not print. A rank that was
+told of another's failure raises PeerError itself and lets that one speak. A rank that leaves no word within a few
+seconds, and gives no sign of life either, was killed.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
 from benthic.errors import BenthicError, PeerError, RunError
+from benthic.parallel.pulse import counts
 
 SECONDS = 5.0
 """How long a rank that has lost touch waits for the last words of the others."""
+
+_TALKING = re.compile(r"gloo|nccl|monitoredbarrier|connection (?:closed|reset|refused)|broken pipe", re.IGNORECASE)
+"""What errors of collectives say: gloo's are plain RuntimeErrors."""
 
 
 @contextmanager
@@ -25,10 +31,14 @@ def one_speaks(store: dist.Store, rank: int, size: int) -> Iterator[None]:
     is gone is named by RunError."""
     try:
         yield
-    except (BenthicError, RuntimeError) as error:
+    except PeerError:
+        with suppress(RuntimeError, OSError):
+            store.set(_word(rank), "1")
+        raise
+    except Exception as error:
         try:
             first = _leave(store, rank)
-            lost = [] if isinstance(error, BenthicError) else _without_a_word(store, size)
+            lost = _without_a_word(store, size) if _lost_touch(error) else []
         except (RuntimeError, OSError):
             raise RunError(
                 f"rank {rank} has lost both the others and the store that torchrun keeps: {_line(error)}",
@@ -41,19 +51,34 @@ def one_speaks(store: dist.Store, rank: int, size: int) -> Iterator[None]:
         raise
 
 
+def _lost_touch(error: Exception) -> bool:
+    """Whether what failed was talking to the others. The rank's own faults, memory that ran out among them, are not
+    to be blamed on ranks that are well and wait."""
+    if isinstance(error, BenthicError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or _TALKING.search(str(error)) is not None
+
+
 def _leave(store: dist.Store, rank: int) -> bool:
     """Leave a word; whether this rank is the first to."""
-    store.set(f"left/{rank}", "1")
+    store.set(_word(rank), "1")
     return store.add("left", 1) == 1
+
+
+def _word(rank: int) -> str:
+    return f"left/{rank}"
 
 
 def _without_a_word(store: dist.Store, size: int) -> list[int]:
     ends = time.monotonic() + SECONDS
     missing = list(range(size))
+    before = counts(store, missing)
     while missing and time.monotonic() < ends:
-        missing = [rank for rank in missing if not store.check([f"left/{rank}"])]
+        missing = [rank for rank in missing if not store.check([_word(rank)])]
         time.sleep(0.05)
-    return missing
+    after = counts(store, missing)
+    # Who counts on is at work, and has only not come to a collective yet. A dead rank's last count may come late.
+    return [rank for rank in missing if after.get(rank, 0) <= before.get(rank, 0) + 1]
 
 
 def _gone(lost: list[int], rank: int) -> RunError:

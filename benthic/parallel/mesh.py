@@ -112,7 +112,23 @@ def description(layout: ParallelConfig, model: ModelConfig) -> str:
         parts.append(
             f"{model.n_routed_experts} experts over {layout.expert}, {held} each, in {layout.expert_copies} copies"
         )
+        reached = _ranks_reached(layout, model)
+        if reached < min(layout.expert, model.num_experts_per_tok):
+            parts.append(f"a token goes to at most {reached} of them")
     return "; ".join(parts)
+
+
+def _ranks_reached(layout: ParallelConfig, model: ModelConfig) -> int:
+    """Most ranks that hold experts of one token, which are of at most topk_group groups of consecutive experts."""
+    held, group = model.n_routed_experts // layout.expert, model.n_routed_experts // model.n_group
+    # A group that does not begin where a rank's experts do reaches into one rank more.
+    ranks = max((last // held) - (first // held) + 1 for first, last in _ends(group, model.n_group))
+    return min(layout.expert, model.num_experts_per_tok, model.topk_group * ranks)
+
+
+def _ends(size: int, count: int) -> list[tuple[int, int]]:
+    """First and last of each of `count` pieces of `size`."""
+    return [(start * size, (start + 1) * size - 1) for start in range(count)]
 
 
 def _digits(number: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from benthic.errors import ConfigError
 from benthic.log import logger
 from benthic.parallel.faults import one_speaks
 from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, Seat, description, require_supported
+from benthic.parallel.pulse import beating
 
 TIMEOUT = datetime.timedelta(minutes=5)
 """How long a collective of an update waits for a rank that is alive and silent; a dead one is noticed at once."""
@@ -120,6 +121,10 @@ class World(Seat):
         dist.all_reduce(total, group=self.control)
         return int(total)
 
+    def leaders(self, number: int) -> int:
+        """Rank 0's `number`, on every rank."""
+        return self.total(number if self.leads else 0)
+
 
 ALONE = World(ParallelConfig(), torch.device("cpu"))
 """One process, on whatever device."""
@@ -144,7 +149,8 @@ def joined(layout: ParallelConfig, model: ModelConfig, device: torch.device) -> 
     backend = "nccl" if device.type == "cuda" else "gloo"
     level = logger.level
     try:
-        with one_speaks(store, rank, size):
+        connection = store.clone()  # pyrefly: ignore[missing-attribute]  the stubs lack it
+        with one_speaks(store, rank, size), beating(connection, rank, size):
             require_supported(layout, model, processes)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
             world = World(layout, device)

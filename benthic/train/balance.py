@@ -56,6 +56,26 @@ def move_biases(biases: Mapping[int, Tensor], loads: Mapping[int, Tensor], confi
     torch._foreach_add_(moved, list(direction.to(moved[0].device).unbind()), alpha=speed)
 
 
+def group_losses(routing: Routing, num_sequences: int, groups: int, kept: int) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V2's balance losses between devices (equations 26 to 31) of one layer, means over sequences, before
+    their weights: of what each of `groups` equal groups of experts computes, and of how many tokens each is sent.
+
+    Both are sum_i f_i P_i over groups, P_i being the sum of the group's P of `auxiliary_loss`. f_i is the mean of the
+    group's f ("expert") for the first, and for the second groups/(kept T) times the number of tokens with any choice
+    in the group, `kept` being how many groups a token may reach. Both are 1 when the load is even.
+    """
+    num_experts, num_chosen = routing.scores.shape[-1], routing.experts.shape[-1]
+    chosen = (routing.experts // (num_experts // groups)).view(num_sequences, -1, num_chosen)  # [B, S, K]
+    length = chosen.shape[1]
+    choices = torch.zeros(num_sequences, length, groups, device=chosen.device)
+    choices.scatter_add_(2, chosen, torch.ones_like(chosen, dtype=choices.dtype))  # [B, S, G]
+    share = routing.scores / routing.scores.sum(-1, keepdim=True)
+    probability = share.view(num_sequences, length, groups, -1).sum(-1).mean(1)  # [B, G]
+    computed = choices.mean(1) * (groups / num_chosen)
+    sent = (choices > 0).float().mean(1) * (groups / kept)
+    return (computed * probability).sum(-1).mean(), (sent * probability).sum(-1).mean()
+
+
 def auxiliary_loss(kind: Literal["sequence", "expert", "batch"], routing: Routing, num_sequences: int) -> Tensor:
     """sum_i f_i P_i of one layer, a mean over sequences, before its weight alpha.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benthic.config.train import TrainConfig
-from benthic.errors import BenthicError, ConfigError, RunError
+from benthic.errors import BenthicError, ConfigError, PeerError, RunError
 from benthic.model.language_model import LanguageModel
 from benthic.parallel.placement import spread
 from benthic.parallel.world import World
@@ -53,7 +53,12 @@ def entered(path: Path, config: TrainConfig, resume: bool, world: World) -> Iter
     """The run folder, which rank 0 makes and holds for all; errors as `RunFolder.open`'s, on every rank."""
     if not world.leads:
         if world.agree(False):
-            raise RunError(f"rank 0 could not use the run folder {path}", hint="its message says why")
+            raise PeerError(f"rank 0 could not use the run folder {path}")
+        if not (path / "config.yaml").is_file():
+            raise RunError(
+                f"rank {world.rank} does not see the run folder that rank 0 made at {path}",
+                hint="--run-folder must lie on a file system that all hosts see: each rank writes its part there",
+            )
         yield RunFolder(path)
         return
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
 """The loss of one update, in micro-batches whose gradients add up to that of the whole batch.
 
-    L = 1/T sum CE(i, t_{i+1})  +  lambda/D sum_k 1/T sum CE_k(i, t_{i+k+1})  +  alpha sum_layers L_balance
+    L = 1/T sum CE(i, t_{i+1})  +  lambda/D sum_k 1/T sum CE_k(i, t_{i+k+1})  +  sum_layers sum alpha L_balance
 
 (arXiv:2412.19437, equations 17 to 25.) T is the number of valid next-token labels of the *whole update*, for the
 predictions too, although depth k has k fewer terms a sequence. The label of prediction k at position i is token
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benthic.config.model import ModelConfig
 from benthic.config.train import BalanceConfig
 from benthic.data import Batch
 from benthic.model.language_model import LanguageModel, States
 from benthic.ops import linear_cross_entropy
-from benthic.train.balance import auxiliary_loss, count_loads
+from benthic.train.balance import auxiliary_loss, count_loads, group_losses
 
 IGNORED = -100
 """A label that no loss is taken at."""
@@ -81,7 +82,7 @@ def losses(
         ),
         start=zero,
     )
-    balanced = _balance(states, batch, scale, balance, zero)
+    balanced = _balance(states, batch, scale, balance, model.config, zero)
     return Losses(
         total=main + weight * prediction + balanced,
         main=main.detach(),
@@ -96,11 +97,18 @@ def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, diviso
     return loss
 
 
-def _balance(states: States, batch: Batch, scale: Scale, config: BalanceConfig, zero: Tensor) -> Tensor:
-    kind = config.auxiliary_loss
-    if kind == "none" or not config.alpha:
-        return zero
-    sequences = batch.tokens.shape[0]
-    share = config.alpha * sequences / scale.sequences
-    terms = [auxiliary_loss(kind, routing, sequences) for routing in states.routing.values()]
-    return share * torch.stack(terms).sum() if terms else zero
+def _balance(
+    states: States, batch: Batch, scale: Scale, config: BalanceConfig, model: ModelConfig, zero: Tensor
+) -> Tensor:
+    """This batch's part of the balance losses of all layers, weighed."""
+    kind, sequences = config.auxiliary_loss, batch.tokens.shape[0]
+    layers, total = list(states.routing.values()), zero
+    if layers and kind != "none" and config.alpha:
+        each = torch.stack([auxiliary_loss(kind, routing, sequences) for routing in layers])
+        total = total + config.alpha * sequences / scale.sequences * each.sum()
+    if layers and (config.device_alpha or config.communication_alpha):
+        groups = model.n_group, model.topk_group
+        both = torch.stack([torch.stack(group_losses(routing, sequences, *groups)) for routing in layers]).sum(0)
+        weighed = config.device_alpha * both[0] + config.communication_alpha * both[1]
+        total = total + sequences / scale.sequences * weighed
+    return total

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benthic.config.train import TrainConfig
-from benthic.errors import ConfigError
+from benthic.errors import ConfigError, NumericsError
 from benthic.log import logger
 from benthic.model.room import available_bytes
 from benthic.parallel.world import World, joined
@@ -60,7 +60,12 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
                 if world.leads:
                     place.write_config(config)
             began = time.monotonic()
-            finished = _train(trainer, stop)
+            try:
+                finished = _train(trainer, stop)
+            except NumericsError:
+                # All ranks stop here together, so that what is being written can still be finished.
+                trainer.finish_saving()
+                raise
             seconds = time.monotonic() - began
             if trainer.device.type == "cuda" and planned is not None:
                 logger.info("%s", compared(planned, torch.cuda.max_memory_allocated(trainer.device)))

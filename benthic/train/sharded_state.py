@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from benthic.config.manifest import Parameter, parameters
 from benthic.config.model import ModelConfig
-from benthic.errors import BenthicError, CheckpointError, RunError
+from benthic.errors import BenthicError, CheckpointError, PeerError
 from benthic.parallel.placement import as_distributed, part
 from benthic.parallel.world import World
 from benthic.train.adamw import FIRST, SECOND
@@ -51,7 +52,7 @@ class ShardedStates:
         final, what = state_folder(checkpoints, step), f"the training state of step {step}"
         if not self._world.leads:
             if self._world.agree(False):
-                raise RunError(f"rank 0 could not begin to write {what}")
+                raise PeerError(f"rank 0 could not begin to write {what}")
             self._write(partial_name(final), state, what)
         else:
             self._publish(final, state, what)
@@ -106,13 +107,13 @@ class ShardedStates:
         try:
             if path.is_dir():
                 return self._cut_anew(path, names, device)
+        except CheckpointException as error:  # the rest is of ranks that lost each other: nothing is wrong on the disk
+            raise _unreadable(path, error) from None
+        try:
             with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
                 return {name: file.get_slice(name)[self._block(name)].to(device) for name in names}
-        except (OSError, SafetensorError, ValueError, RuntimeError, CheckpointException) as error:
-            raise CheckpointError(
-                f"cannot read {path}: {error}",
-                hint=f"move {path.parent} away; --resume then continues from the state before it",
-            ) from None
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise _unreadable(path, error) from None
 
     def _cut_anew(self, path: Path, names: list[str], device: torch.device) -> dict[str, Tensor]:
         empty = {name: torch.empty(part(self._row(name), self._world).size, device=device) for name in names}
@@ -131,6 +132,20 @@ class ShardedStates:
         for kind in (FIRST, SECOND):
             name = name.removeprefix(f"{kind}.")
         return self._rows[name]
+
+
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"cannot read {path}: {error}",
+        hint=f"move {path.parent} away; --resume then continues from the state before it",
+    )
+
+
+def stored_tensors(folder: Path, kind: str) -> Mapping[str, Tensor]:
+    """The whole "weights" or "average" of a state, whoever wrote it."""
+    if is_sharded(folder):
+        return StoredTensors(folder / kind)
+    return load_file(folder / f"{kind}.safetensors")
 
 
 class StoredTensors(Mapping[str, Tensor]):

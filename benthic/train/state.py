@@ -62,6 +62,12 @@ def complete_states(checkpoints: Path) -> list[Path]:
     return sorted(path for path in numbered if path.is_dir())
 
 
+def newest_step(checkpoints: Path) -> int:
+    """Updates that the newest complete state has made, -1 where there is none."""
+    states = complete_states(checkpoints)
+    return int(states[-1].name.removeprefix(_PREFIX)) if states else -1
+
+
 def state_folder(checkpoints: Path, step: int) -> Path:
     """Where the state after `step` updates belongs."""
     return checkpoints / f"{_PREFIX}{step:08d}"

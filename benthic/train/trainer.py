@@ -32,8 +32,8 @@ from benthic.train.progress import Lines
 from benthic.train.recomputation import recompute
 from benthic.train.sample import complete
 from benthic.train.schedule import Place, sequences_at
-from benthic.train.sharded_state import ShardedStates, StoredTensors, is_sharded
-from benthic.train.state import Progress, State, complete_states, read_state, save_state, state_folder
+from benthic.train.sharded_state import ShardedStates, is_sharded, stored_tensors
+from benthic.train.state import Progress, State, newest_step, read_state, save_state, state_folder
 from benthic.train.step import Launched, finish, launch, on_device, routing_biases
 
 
@@ -58,7 +58,7 @@ class Trainer:
         self._dtype = compute_dtype(config)
         self.model = build_model(config, world, self.device)
         torch.manual_seed(config.seed)
-        if not complete_states(folder.checkpoints):
+        if self._newest_state() is None:
             self._first_weights()
         recompute(self.model, config.memory.recomputation)
         self.optimizer = Optimizer(
@@ -120,7 +120,7 @@ class Trainer:
         averaged = self.average is not None and self.config.checkpoint.export_average
         if self.world.size > 1:
             folder = state_folder(self.folder.checkpoints, self.step)
-            return StoredTensors(folder / ("average" if averaged else "weights"))
+            return stored_tensors(folder, "average" if averaged else "weights")
         return self.average.tensors if self.average is not None and averaged else self.weights()
 
     def announce(self, display: Lines) -> None:
@@ -209,7 +209,7 @@ class Trainer:
         sampling = self.config.sampling
         for prompt in sampling.prompts:
             limits = sampling.max_tokens, sampling.temperature
-            text = complete(self.model, self.tokenizer, prompt, *limits, self._dtype)
+            text = complete(self.model, self.tokenizer, prompt, *limits, self._dtype, self.world)
             self._append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
             display.note(f"sample at step {self.step}:\n{prompt}{text}")
         forget_gathered(self.model)
@@ -220,6 +220,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the training state, keep the newest ones."""
+        self._saving.finish()  # before another copy of everything is made
         average = None if self.average is None else self.average.tensors
         progress = Progress(
             step=self.step,
@@ -243,13 +244,18 @@ class Trainer:
 
     def restore(self) -> None:
         """Continue from the newest saved state; from the start when the run was stopped before its first."""
-        states = complete_states(self.folder.checkpoints)
-        if states:
+        newest = self._newest_state()
+        if newest is not None:
             # On the processor: a GPU that is full of this run has no room for its state twice.
-            self._take_over(self._saved_state(states[-1], torch.device("cpu")))
+            self._take_over(self._saved_state(newest, torch.device("cpu")))
         if self.world.leads:
             self.folder.rewind(self.step)
         logger.info("resumed at step %d of %d", self.step, self.config.steps)
+
+    def _newest_state(self) -> Path | None:
+        """The one that rank 0 sees: a file system may show other hosts an older list."""
+        step = self.world.leaders(newest_step(self.folder.checkpoints))
+        return None if step < 0 else state_folder(self.folder.checkpoints, step)
 
     def _saved_state(self, folder: Path, device: torch.device) -> State:
         alone = self.world.size == 1 and not is_sharded(folder)

@@ -85,3 +85,13 @@ def test_the_description_says_what_each_axis_is_for():
         "256 ranks; optimiser states split over 128 (zero 1); 2 replicas, gradients summed over them; "
         "256 experts over 64, 4 each, in 4 copies"
     )
+
+
+@pytest.mark.parametrize(
+    ("expert", "groups", "kept", "reached"),
+    [(8, 8, 4, 4), (4, 8, 3, 3), (2, 8, 4, None), (16, 8, 4, None), (16, 8, 2, 4), (8, 1, 1, None), (32, 4, 1, None)],
+)
+def test_the_description_says_how_few_ranks_a_token_goes_to(expert, groups, kept, reached):
+    model = small_model(n_routed_experts=64, num_experts_per_tok=8, n_group=groups, topk_group=kept)
+    told = description(ParallelConfig(shard=expert, expert=expert), model)
+    assert told.partition("; a token goes to at most ")[2] == ("" if reached is None else f"{reached} of them")

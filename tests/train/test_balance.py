@@ -5,12 +5,20 @@ import pytest
 import torch
 
 from benthic.config.train import BalanceConfig
+from benthic.errors import ConfigError
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
 from benthic.ops import Routing, route
-from benthic.train.balance import auxiliary_loss, count_loads, max_violation, move_biases, scaled_speed
+from benthic.train.balance import (
+    auxiliary_loss,
+    count_loads,
+    group_losses,
+    max_violation,
+    move_biases,
+    scaled_speed,
+)
 from benthic.train.step import routing_biases
-from tests.train.small import small_model
+from tests.train.small import small_model, small_run
 
 SEQUENCES, LENGTH, EXPERTS, CHOSEN = 3, 10, 8, 2
 
@@ -60,6 +68,44 @@ def test_an_even_load_costs_one_and_gradient_reaches_the_scores():
     assert auxiliary_loss("expert", Routing(even, experts, even[:, :2]), 1).item() == pytest.approx(1.0)
     auxiliary_loss("sequence", routing, SEQUENCES).backward()
     assert routing.scores.grad.abs().sum() > 0
+
+
+def group_losses_by_hand(scores, experts, groups, kept):
+    """Equations 26 to 31 of DeepSeek-V2 for one sequence, device by device."""
+    tokens, num_experts = scores.shape
+    size, computed, sent = num_experts // groups, 0.0, 0.0
+    for group in range(groups):
+        own = range(group * size, (group + 1) * size)
+        frequency = [num_experts / (CHOSEN * tokens) * sum(one in row for row in experts.tolist()) for one in own]
+        probability = sum(np.mean([row[one] / row.sum() for row in scores]) for one in own)
+        reached = sum(any(one in own for one in row) for row in experts.tolist())
+        computed += np.mean(frequency) * probability
+        sent += groups / (kept * tokens) * reached * probability
+    return computed, sent
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(4, 2), (2, 1), (8, 2)])
+def test_group_losses_are_those_between_the_devices_of_deepseek_v2(groups, kept):
+    routing = random_routing(bias=1.0)
+    expected = [group_losses_by_hand(*both, groups, kept) for both in zip(*parts(routing, SEQUENCES), strict=True)]
+    found = [one.item() for one in group_losses(routing, SEQUENCES, groups, kept)]
+    assert found == pytest.approx(np.mean(expected, axis=0).tolist(), rel=1e-6)
+
+
+def test_groups_that_compute_and_are_sent_the_same_cost_one_and_gradient_reaches_the_scores():
+    even = torch.full((EXPERTS, EXPERTS), 0.5, requires_grad=True)
+    experts = torch.stack((torch.arange(EXPERTS), (torch.arange(EXPERTS) + 4) % EXPERTS), 1)  # two groups a token
+    assert [one.item() for one in group_losses(Routing(even, experts, even[:, :2]), 1, 4, 2)] == pytest.approx([1, 1])
+    routing = random_routing()
+    sum(group_losses(routing, SEQUENCES, 4, 2)).backward()
+    assert routing.scores.grad.abs().sum() > 0
+
+
+def test_losses_between_groups_are_refused_where_they_could_not_change():
+    with pytest.raises(ConfigError, match=r"balance.device_alpha is 0.05; it balances groups of experts, and model"):
+        small_run(model=small_model(n_group=1, topk_group=1), balance=BalanceConfig(device_alpha=0.05))
+    with pytest.raises(ConfigError, match=r"a token reaches few of them, and model.topk_group is all 4"):
+        small_run(model=small_model(topk_group=4), balance=BalanceConfig(communication_alpha=0.02))
 
 
 def test_loads_count_every_choice_and_max_violation_is_the_papers():

@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from benthic.config.parallel import ParallelConfig
-from benthic.config.train import BalanceConfig, BatchConfig, CheckpointConfig, LoggingConfig, TrainConfig
+from benthic.config.train import (
+    BalanceConfig,
+    BatchConfig,
+    CheckpointConfig,
+    LoggingConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from benthic.train.run import run
 from tests.parallel.processes import on_ranks
 from tests.train.small import small_run
@@ -29,9 +36,10 @@ def a_run(layout: str = "") -> TrainConfig:
     return small_run(
         steps=10,
         batch=BatchConfig(sequences=8, micro_sequences=1),
-        balance=BalanceConfig(alpha=1e-2, reference_tokens=64),
+        balance=BalanceConfig(alpha=1e-2, device_alpha=2e-2, communication_alpha=1e-2, reference_tokens=64),
         checkpoint=CheckpointConfig(every=5, keep=None, export_weights="fp32"),
         logging=LoggingConfig(every=1, routing_every=1),
+        sampling=SamplingConfig(every=5, prompts=("sort 3 1",), max_tokens=4),
         parallel=ParallelConfig.parse(layout),
     )
 
@@ -65,6 +73,7 @@ def test_ten_updates_on_several_ranks_are_those_of_one_process(alone, tmp_path, 
         assert {name: other.get(name) for name in COUNTED} == {name: one.get(name) for name in COUNTED}
         for name in MEASURED & one.keys():
             assert other.get(name) == pytest.approx(one.get(name), rel=1e-5), (name, one["step"])
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
     weights = load_file(alone / "model" / "model.safetensors")
     written = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert weights.keys() == written.keys()

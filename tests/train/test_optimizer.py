@@ -248,6 +248,11 @@ def test_a_processor_has_nothing_to_move_away(name):
         small_run(memory={name: True})
 
 
+def test_ranks_split_states_and_move_none_of_them_away():
+    with pytest.raises(ConfigError, match=r"memory.offload_optimizer is for one GPU, and the layout has 2 ranks"):
+        small_run(device="cuda", memory={"offload_optimizer": True}, parallel={"shard": 2})
+
+
 def test_an_average_that_is_not_kept_cannot_be_moved():
     with pytest.raises(ConfigError, match=r"memory\.offload_average needs optimizer\.ema_decay"):
         small_run(device="cuda", optimizer=OptimizerConfig(), memory={"offload_average": True})

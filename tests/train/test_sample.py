@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from benthic.data import prepare
+from benthic.model.decoding import decode
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
+from benthic.model.sampling import SamplingParams
 from benthic.train.sample import complete
 from tests.train.small import small_model, small_run
 
@@ -41,3 +43,10 @@ def test_samples_with_a_temperature_are_the_same_whatever_was_drawn_before(model
 
 def test_a_prompt_that_fills_the_models_positions_gets_nothing(model, tokenizer):
     assert complete(model, tokenizer, "copy " * 100, 8, 0.0) == ""
+
+
+def test_the_tokens_that_ranks_agree_on_are_taken_whatever_this_one_drew(model):
+    rank_0 = iter([5, 6, 7, 8])
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    assert list(decode(model, [1, 2, 3], params, {7}, agreed=lambda drawn: next(rank_0))) == [5, 6]
+    assert next(rank_0) == 8

@@ -1,6 +1,7 @@
 """States cross layouts: what any number of ranks saved, any other number reads back, bit for bit, and goes on with."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import torch
 
 from benthic.config.parallel import ParallelConfig
 from benthic.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
+from benthic.errors import BenthicError
 from benthic.parallel.placement import part
 from benthic.parallel.world import joined
+from benthic.train import sharded_state
+from benthic.train import trainer as trainer_module
 from benthic.train.folder import RunFolder
 from benthic.train.run import run
 from benthic.train.trainer import Trainer
@@ -92,3 +96,46 @@ def test_a_run_goes_on_under_another_layout_as_it_would_have_alone(tmp_path, sav
     assert ends[0]["step"] == ends[1]["step"] == 6
     assert ends[1]["val_loss"] == pytest.approx(ends[0]["val_loss"], rel=1e-5)
     assert ends[1]["max_violation_global"] == ends[0]["max_violation_global"]
+
+
+def test_a_finished_run_of_one_process_is_exported_by_several(tmp_path, saved):
+    folder = tmp_path / "run"
+    shutil.copytree(saved[""][0], folder)
+    written = (folder / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "model")
+    on_ranks(2, train, a_run("fsdp=2"), folder, True)
+    assert (folder / "model" / "model.safetensors").read_bytes() == written
+
+
+def lost_in_reading(config: TrainConfig, folder: Path) -> str:
+    def closed(*_, **__):
+        raise RuntimeError("[gloo] Connection closed by peer")
+
+    sharded_state.dcp.load = closed
+    try:
+        restored(config, folder)
+    except (BenthicError, RuntimeError) as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_rank_that_dies_while_states_are_read_does_not_make_them_unreadable(saved):
+    folder, _ = saved["fsdp=4,ep=2"]
+    told = on_ranks(2, lost_in_reading, a_run("fsdp=2"), folder)
+    closed = "[gloo] Connection closed by peer"
+    assert sorted(told)[0] == closed
+    assert sorted(told)[1].endswith(f"stopped because another did: {closed}")
+
+
+def restored_without_seeing(config: TrainConfig, folder: Path) -> int:
+    """Rank 1's host does not list the states yet."""
+    if os.environ["RANK"] == "1":
+        trainer_module.newest_step = lambda checkpoints: -1
+    with joined(config.parallel, config.model, torch.device("cpu")) as world:
+        trainer = Trainer(config, RunFolder(folder), world)
+        trainer.restore()
+        return trainer.step
+
+
+def test_all_ranks_go_on_from_the_state_that_rank_0_sees(saved):
+    assert on_ranks(2, restored_without_seeing, a_run("fsdp=2"), saved[""][0]) == [UPDATES, UPDATES]
