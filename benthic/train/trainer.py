@@ -11,20 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benthic.checkpoint import load_into, open_checkpoint
-from benthic.config.model import ModelConfig
 from benthic.config.train import TrainConfig
 from benthic.data import Loader, prepare
 from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
-from benthic.model.initialisation import initialise
-from benthic.parallel.placement import forget_gathered, local, parts
+from benthic.parallel.placement import forget_gathered
 from benthic.parallel.world import ALONE, World
 from benthic.train.background import Background, aside
 from benthic.train.distributed import build_model, compute_dtype
 from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
+from benthic.train.first_weights import set_first_weights
 from benthic.train.folder import RunFolder
 from benthic.train.metrics import Meter, write_loads
 from benthic.train.optimizer import Optimizer
@@ -59,7 +57,7 @@ class Trainer:
         self.model = build_model(config, world, self.device)
         torch.manual_seed(config.seed)
         if self._newest_state() is None:
-            self._first_weights()
+            set_first_weights(self.model, config, world)
         recompute(self.model, config.memory.recomputation)
         self.optimizer = Optimizer(
             self.model, config.optimizer, config.precision.moments, config.memory.offload_optimizer, world
@@ -74,23 +72,6 @@ class Trainer:
         self.saved: int | None = None
         self.best: dict[str, Any] = {}
         self.validation: dict[str, Any] = {}
-
-    def _first_weights(self) -> None:
-        """Those of another model's folder, or random ones."""
-        if self.config.start_from is None:
-            initialise(self.model, self.config.seed, parts(self.config.model, self.world))
-            self._round_first_weights()
-            return
-        checkpoint = open_checkpoint(self.config.start_from)
-        _refuse_other_mathematics(checkpoint.config, self.config.model, self.config.start_from)
-        load_into(self.model, checkpoint)
-        logger.info("weights of %s", self.config.start_from)
-
-    @torch.no_grad()
-    def _round_first_weights(self) -> None:
-        """One process draws its weights in the type it computes in; masters that FSDP keeps begin with the same."""
-        for parameter in self.model.parameters():
-            local(parameter).copy_(local(parameter).to(self._dtype))
 
     def _average(self) -> Average | None:
         decay = self.config.optimizer.ema_decay
@@ -288,21 +269,3 @@ class Trainer:
 def _tokens_after(launched: Launched) -> int:
     """Tokens the run has trained on with this update, on all ranks."""
     return launched.place.tokens + launched.scale.sequences * (launched.batch.tokens.shape[1] - 1)
-
-
-def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: str) -> None:
-    """Weights fit by their shapes alone; what else decides the numbers must be what they were trained with.
-
-    Rotation and length may change (context extension), and what no forward pass reads.
-    """
-    free = {"rope_parameters", "max_position_embeddings", "initializer_range", "dtype", "quantization_config"}
-    # A head's width is one of the shapes, whether it is stated or implied.
-    free |= {"bos_token_id", "eos_token_id", "pad_token_id", "aux_loss_alpha", "seq_aux", "head_dim"}
-    names = [name for name in ModelConfig.model_fields if name not in free]
-    changed = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
-    if changed:
-        told = "; ".join(f"{name} was {getattr(stored, name)!r}, is {getattr(wanted, name)!r}" for name in changed)
-        raise ConfigError(
-            f"the model in {folder} computes otherwise than this run's: {told}",
-            hint=f"take model: {folder} in the config, and change its rotation and length alone",
-        )
