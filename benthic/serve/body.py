@@ -72,6 +72,7 @@ def validated(value: dict[str, Any], model: type[M]) -> M:
         first = max(error.errors(include_url=False, include_context=False), key=lambda one: len(_place(one["loc"])))
     place = ".".join(_place(first["loc"]))[:100]
     if first["type"] == "extra_forbidden":
+        place = ".".join([*_place(first["loc"][:-1]), str(first["loc"][-1])])[:100]
         hint = did_you_mean(str(first["loc"][-1])[:100], model.model_fields) if len(first["loc"]) == 1 else ""
         raise wrong(f"unknown or unsupported parameter {place!r}; {hint}", place, "unknown_parameter")
     given = f" (given {str(first['input'])[:100]!r})" if isinstance(first["input"], str | int | float | bool) else ""

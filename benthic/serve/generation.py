@@ -21,6 +21,7 @@ class Generation:
         self._client, self._limits, self._metrics = client, limits, metrics
         self._mailbox = Mailbox(answers, limits.unread_tokens)
         self._numbers: list[int] = []
+        self._is_bound = False
         self._began = time.monotonic()
         self._clock: asyncio.TimerHandle | None = None
         self._last: dict[int, float] = {}
@@ -30,6 +31,7 @@ class Generation:
         seconds = self._limits.request_seconds
         late = Refusal(504, f"the answer took longer than {seconds:g} s", "timeout_error", code="request_timeout")
         self._clock = asyncio.get_running_loop().call_later(seconds, self._mailbox.fail, late)
+        self._is_bound = any(one.json_schema or one.regex or one.grammar for one in samplings)
         first = 0
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self._numbers.append(await self._client.submit(self._mailbox, prompt, sampling, salt, first))
@@ -42,7 +44,7 @@ class Generation:
             for delta in batch:
                 self._measure(delta, now)
                 if delta.finish is not None and delta.finish.reason not in ("stop", "length"):
-                    raise Refusal(500, delta.finish.error or "the answer failed", "server_error", code="answer_failed")
+                    raise self._failed(delta.finish.error or "the answer failed")
                 yield delta
 
     def end(self) -> None:
@@ -53,6 +55,11 @@ class Generation:
             self._client.cancel(number)  # nothing happens for those that ended
         if self._numbers and self._mailbox.missing:
             self._metrics.finished("abort", self._mailbox.missing)
+
+    def _failed(self, why: str) -> Refusal:
+        if self._is_bound:
+            return Refusal(400, f"the answer could not follow its form: {why}", code="form_failed")
+        return Refusal(500, why, "server_error", code="answer_failed")
 
     def _measure(self, delta: Delta, now: float) -> None:
         if delta.token_ids:
