@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import Callable
 
 from granian.constants import HTTPModes, Interfaces
@@ -30,6 +31,7 @@ def serve(
     `on_ready` is called each time an engine is loaded. Raises BenthicError where the engine cannot be started, and
     RunError where the address cannot be used.
     """
+    require_address(config)
     asyncio.run(_Life(config, start, tokenizer).live(on_ready))
 
 
@@ -51,7 +53,7 @@ class _Life:
             loop.add_signal_handler(one, self._signal)
         http = self._granian()
         tasks = {
-            "http": asyncio.create_task(_listen(http, self._config)),
+            "http": asyncio.create_task(http.serve()),
             "engine": asyncio.create_task(self._client.run()),
             "plan": asyncio.create_task(self._announce(on_ready)),
             "end": asyncio.create_task(self._drain()),
@@ -104,10 +106,17 @@ class _Life:
         )
 
 
-async def _listen(http: Granian, config: ServeConfig) -> None:
+def require_address(config: ServeConfig) -> None:
+    """Raise RunError where the address cannot be listened on.
+
+    Granian would share a port with another server, which then got some of the requests.
+    """
     try:
-        await http.serve()
-    except (OSError, RuntimeError) as error:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
         raise RunError(
-            f"cannot listen on {config.host}:{config.port}: {error}", hint="choose another --port or --host"
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}", hint="choose another --port or --host"
         ) from None
