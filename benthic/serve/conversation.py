@@ -22,7 +22,7 @@ async def prompt_of(
 ) -> list[int]:
     """Token ids. Runs in a thread, as templates and long texts take time. Raises Refusal 400."""
     plain = [_plain(message, place) for place, message in enumerate(messages)]
-    _refuse_unread(tokenizer, plain, tools)
+    _refuse_unread(tokenizer, plain)
     if tools:
         variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
     try:
@@ -60,10 +60,8 @@ def _plain(message: Message, place: int) -> dict[str, Any]:
     return result
 
 
-def _refuse_unread(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> None:
-    """A template that does not read tools would leave them out without a word."""
+def _refuse_unread(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> None:
+    """A template that does not read calls would leave them out without a word."""
     source = next(iter(tokenizer.templates.values()), "")
-    if tools and "tools" not in source:
-        raise wrong("the chat template of this model takes no tools", "tools", "unsupported_parameter")
     if "tool_calls" not in source and any("tool_calls" in message for message in messages):
         raise wrong("the chat template of this model knows no tool calls", "messages", "unsupported_parameter")

@@ -127,7 +127,7 @@ def form_of(request: Generation, limits: Limits) -> Form | None:
     if len(form.text.encode()) > limits.schema_bytes:
         raise wrong(f"{form.param} has more than {limits.schema_bytes} bytes", form.param, "schema_too_large")
     if form.kind == "json_schema":
-        _refuse_large_schema(json.loads(form.text), form.param, limits)
+        refuse_large_schema(json.loads(form.text), form.param, limits)
     return form
 
 
@@ -174,7 +174,8 @@ def _dumped(schema: dict[str, Any] | str, param: str) -> str:
         raise wrong(f"{param} is not JSON", param, "invalid_value") from None
 
 
-def _refuse_large_schema(schema: Any, param: str, limits: Limits) -> None:
+def refuse_large_schema(schema: Any, param: str, limits: Limits) -> None:
+    """Raise Refusal 400 for a schema beyond the limits of depth and nodes."""
     if depth_of(schema, limits.schema_depth) > limits.schema_depth:
         raise wrong(f"{param} is nested more than {limits.schema_depth} deep", param, "schema_too_large")
     level, nodes = [schema], 0

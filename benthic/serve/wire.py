@@ -60,7 +60,7 @@ class FunctionCall(msgspec.Struct, omit_defaults=True):
     """`arguments` are JSON, or the next piece of it."""
 
     name: str | None = None
-    arguments: str = msgspec.field(default_factory=str)
+    arguments: str | None = None
 
 
 class ToolCall(msgspec.Struct, omit_defaults=True):
