@@ -96,6 +96,11 @@ async def embeddings(request: Request, service: Service) -> Response:
     raise Refusal(501, "this model generates text; it makes no embeddings", code="unsupported_endpoint")
 
 
+async def responses(request: Request, service: Service) -> Response:
+    """Not served: conversations are not kept here."""
+    raise Refusal(501, "this server has no /v1/responses; use /v1/chat/completions", code="unsupported_endpoint")
+
+
 async def description(request: Request, service: Service) -> Response:
     """What this server takes, as OpenAPI 3.1."""
     return JSONResponse(openapi(service.config.model_name))
@@ -107,6 +112,7 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("GET", "/v1/models"): models,
     ("GET", "/v1/models/{name:path}"): model,
     ("POST", "/v1/embeddings"): embeddings,
+    ("POST", "/v1/responses"): responses,
     ("POST", "/tokenize"): tokenize,
     ("POST", "/detokenize"): detokenize,
     ("GET", "/health"): health,
