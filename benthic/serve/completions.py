@@ -32,9 +32,7 @@ async def completions(request: Request, service: Service) -> ASGIApp:
     limits = service.config.limits
     form = form_of(asked, limits)
     sources = _separate(asked)
-    if not 1 <= len(sources) <= limits.prompts:
-        raise wrong(f"{len(sources)} prompts are given; 1 to {limits.prompts} are allowed", "prompt", "invalid_value")
-    ready = service.require(len(sources) * (asked.n or 1))
+    ready = service.require(asked.n or 1, len(sources))
     prompts = [await _tokens(source, asked, service, ready.vocabulary) for source in sources]
     samplings = [sampling_of(asked, len(prompt), ready, limits, form) for prompt in prompts]
     if form is not None:

@@ -30,9 +30,6 @@ def sampling_of(
     request: Generation, prompt_tokens: int, ready: Ready, limits: Limits, form: Form | None = None
 ) -> Sampling:
     """How to answer a prompt of that many tokens. Raises Refusal 400 naming the parameter."""
-    answers = request.n or 1
-    if answers > limits.answers:
-        raise wrong(f"n is {answers}; at most {limits.answers} are allowed", "n", "invalid_value")
     most = _max_tokens(request, prompt_tokens, ready)
     if (request.min_tokens or 0) > most:
         raise wrong(f"min_tokens is {request.min_tokens}; at most max_tokens ({most})", "min_tokens", "invalid_value")
@@ -56,7 +53,9 @@ def sampling_of(
     }
     if form is not None:
         asked[form.kind] = form.text
-    return Sampling(max_tokens=most, n=answers, **{name: value for name, value in asked.items() if value is not None})
+    return Sampling(
+        max_tokens=most, n=request.n or 1, **{name: value for name, value in asked.items() if value is not None}
+    )
 
 
 def _max_tokens(request: Generation, prompt_tokens: int, ready: Ready) -> int:

@@ -19,7 +19,7 @@ from benthic.serve.form_check import FormCheck
 from benthic.serve.generation import Generation
 from benthic.serve.messages import Ready, Sampling
 from benthic.serve.metrics import Metrics
-from benthic.serve.refusal import Refusal, unavailable
+from benthic.serve.refusal import Refusal, unavailable, wrong
 from benthic.text import Tokenizer
 
 M = TypeVar("M", bound=BaseModel)
@@ -65,20 +65,26 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+        request.scope["user"] = getattr(asked, "user", None) or "-"  # for the line of the log
         return asked
 
-    def require(self, answers: int) -> Ready:
-        """The engine's sizes. Raises Refusal 503 and 429 where it does not take `answers` more now."""
+    def require(self, answers: int, prompts: int = 1) -> Ready:
+        """The engine's sizes, where it takes `answers` more to each of `prompts` now.
+
+        Raises Refusal 400 for more than a request may ask for, 503 and 429.
+        """
+        limits = self.config.limits
+        if answers > limits.answers:
+            raise wrong(f"n is {answers}; at most {limits.answers} are allowed", "n", "invalid_value")
+        if not 1 <= prompts * answers <= limits.prompts:
+            raise wrong(
+                f"{prompts} prompts of {answers} answers are given; 1 to {limits.prompts} in all are allowed",
+                "prompt",
+                "invalid_value",
+            )
         if self.draining:
             raise unavailable("the server is about to stop", "draining")
-        if answers > self.config.limits.answers:
-            raise Refusal(
-                400,
-                f"{answers} answers are asked for; at most {self.config.limits.answers} are allowed",
-                param="n",
-                code="invalid_value",
-            )
-        return self.client.require(answers)
+        return self.client.require(prompts * answers)
 
     async def begin(
         self, request: Request, prompts: Sequence[list[int]], samplings: Sequence[Sampling], salt: str

@@ -140,7 +140,7 @@ def test_an_unknown_parameter_is_told_with_the_nearest_known_one(server):
 
 
 @pytest.mark.parametrize(
-    "prompt", [[], "", [-1], [10**6], [[]], [[1], "x"], [True], [[[1]]], [1.5], {}, None, ["a"] * 17, ["a"] * 1000],
+    "prompt", [[], "", [-1], [10**6], [[]], [[1], "x"], [True], [[[1]]], [1.5], {}, None, ["a"] * 129, ["a"] * 1000],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
 def test_prompts_that_cannot_be_are_a_400(server, prompt):
@@ -294,6 +294,12 @@ def test_who_leaves_before_a_whole_answer_frees_its_blocks(server):
             server.wait_for(lambda: server.metric("vllm:num_requests_running") > 0)
         server.wait_for(lambda: is_idle(server))
     assert server.metric("vllm:request_success_total") == before + 5
+
+
+def test_the_line_of_the_log_names_the_user_on_one_line(server):
+    post(server, PLAIN, {"prompt": "x", "max_tokens": 1, "user": "eve\nFORGED"})
+    server.wait_for(lambda: " eve\\nFORGED 200 " in server.log.read_text())
+    assert not any(line.startswith("FORGED") for line in server.log.read_text().splitlines())
 
 
 def test_a_line_break_in_a_path_or_a_request_id_makes_no_line_of_the_log(server):

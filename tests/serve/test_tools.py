@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import openai
@@ -144,6 +145,38 @@ def test_a_schema_binds_the_answer_behind_a_thought(client, temperature):
             assert set(json.loads(choice.message.content)) == {"city", "days"}
         else:
             assert not choice.message.content
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_sixteen_bound_answers_at_once_are_all_valid_with_drafts(client, thinking):
+    format_ = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
+    call = {"tools": TOOLS[:1], "tool_choice": "required", "parallel_tool_calls": False}
+    more = {"logit_bias": {END_OF_THOUGHT: 4}, "chat_template_kwargs": {"thinking": thinking}}
+
+    async def one(many, seed):
+        answer = await many.chat.completions.create(
+            model="tiny",
+            messages=HELLO,
+            seed=seed,
+            temperature=seed % 4 // 2,
+            max_tokens=600,
+            extra_body=more,
+            **(call if seed % 2 else {"response_format": format_}),
+        )
+        choice = answer.choices[0]
+        if choice.finish_reason == "length":
+            return None
+        text = choice.message.tool_calls[0].function.arguments if seed % 2 else choice.message.content
+        return set(json.loads(text))
+
+    async def all_at_once():
+        url = str(client.base_url)
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as many:
+            return await asyncio.gather(*(one(many, seed) for seed in range(16)))
+
+    found = asyncio.run(all_at_once())
+    assert found.count({"city", "days"}) >= 12
+    assert all(one in (None, {"city", "days"}) for one in found)
 
 
 def test_a_thought_is_told_apart_and_counted(client):
