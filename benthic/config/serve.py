@@ -13,11 +13,11 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 class Limits(Settings):
     """What one request may be, and how long its parts may take; whatever is beyond is refused before it costs anything.
 
-    `answers` bounds n, and `prompts` the prompts of a completion times n. `queue` answers may wait beyond those that the
-    engine runs at once; more get 429. A schema is compiled in a process of its own, which ends after `compile_seconds`.
-    `body_seconds` is for a body to arrive, `send_seconds` for a client to take what was written, `unread_tokens` what
-    waits for it meanwhile, and `request_seconds` for all of an answer. An engine silent for `silence_seconds` is
-    unhealthy; after `hang_seconds` it is ended and started again.
+    `answers` bounds n, and `prompts` the prompts of a completion times n. `queue` answers may wait beyond those that
+    the engine runs at once; more get 429. A schema is compiled in a process of its own, which ends after
+    `compile_seconds`. `body_seconds` is for a body to arrive, `send_seconds` for a client to take what was written,
+    `unread_tokens` what waits for it meanwhile, and `request_seconds` for all of an answer. An engine silent for
+    `silence_seconds` is unhealthy; after `hang_seconds` it is ended and started again.
     """
 
     body_bytes: Positive = 4 * 2**20
