@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "parameters, FLOPs, KV cache, memory, layout, time, cost",
     "train": "pretraining and context extension from a recipe; --resume",
     "generate": "text from a model folder, on the terminal or from file to file",
+    "serve": "an OpenAI-compatible server on 127.0.0.1:8000",
     "chat": "a conversation with a model folder, on the terminal",
     "convert": "checkpoints: fp8 <-> bf16, sharded <-> one file",
     "inspect": "a checkpoint's names, shapes, sizes, hashes and faults",

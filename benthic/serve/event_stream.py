@@ -1,0 +1,110 @@
+"""EventStream: server-sent events to one client, for as long as it reads them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Scope, Send
+
+from benthic.config.serve import Limits
+from benthic.log import logger
+from benthic.serve.refusal import Refusal
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+PING_SECONDS = 15.0
+
+
+def event(content: bytes) -> bytes:
+    """One JSON object as an event."""
+    return b"data: " + content + b"\n\n"
+
+
+class EventStream:
+    """An ASGI response. `end` is called when all is sent, and when the client leaves or does not read.
+
+    A Refusal on the way is the last event but [DONE]: the status was sent long ago.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], end: Callable[[], None], limits: Limits) -> None:
+        self._events, self._end, self._limits = events, end, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        writing = asyncio.create_task(self._write(headers, send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            if not writing.done():
+                writing.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+            self._end()
+            await self._events.aclose()
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            raise error
+
+    async def _write(self, headers: list[tuple[bytes, bytes]], send: Send) -> None:
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async for content in _with_pings(self._events):
+                await self._send(send, {"type": "http.response.body", "body": content, "more_body": True})
+            last = DONE
+        except Refusal as refusal:
+            last = event(refusal.body) + DONE
+        await self._send(send, {"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._limits.send_seconds):
+                await send(message)
+        except TimeoutError:
+            logger.info("server: closed a client that read nothing for %g s", self._limits.send_seconds)
+            raise ClientDisconnect from None
+
+
+async def _with_pings(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """`events`, and comments while none comes, so that nothing between server and client thinks them dead."""
+    following = None
+    try:
+        while True:
+            following = following or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait((following,), timeout=PING_SECONDS)
+            if not done:
+                yield PING
+                continue
+            try:
+                content = following.result()
+            except StopAsyncIteration:
+                return
+            following = None
+            yield content
+    finally:
+        if following is not None:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves. Raises ClientDisconnect then."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_left(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,150 @@
+"""Toolbox: the tools of one request, and the grammars that make an answer call them or think before it keeps a form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from benthic.config.serve import Limits
+from benthic.errors import TextError
+from benthic.serve.answer_parts import END_OF_THOUGHT
+from benthic.serve.messages import Sampling
+from benthic.serve.refusal import wrong
+from benthic.serve.requests import ChatRequest, NamedTool, Tool
+from benthic.serve.sampling import Form, refuse_large_schema
+from benthic.text import Tokenizer
+from benthic.text.tool_format import ToolFormat, tool_format
+
+_JSON = {"x-guidance": {"whitespace_pattern": r"( |\n {0,32})?"}}
+_ANYTHING = {"type": "object"}
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """`tools` are what the model is shown, `callable_` what it may call where it must; `format` is how."""
+
+    tokenizer: Tokenizer
+    tools: tuple[Tool, ...] = ()
+    format: ToolFormat | None = None
+    must_call: bool = False
+    one_only: bool = False
+    callable_: tuple[Tool, ...] = ()
+
+    def bind(self, form: Form | None, thinks: bool) -> Form | None:
+        """The form of the whole answer: of the calls where there must be some, and behind a thought that is open."""
+        if self.must_call:
+            return Form("grammar", self._calls(thinks), "tools")
+        if form is None or not thinks:
+            return form
+        match form.kind:
+            case "json_schema":
+                body = f"%json {json.dumps(_JSON | _as_object(form.text))}"
+            case "regex":
+                escaped = form.text.replace("/", r"\/").replace("\n", r"\n")
+                body = f"/{escaped}/"
+            case _:
+                raise wrong(f"{form.param} does not go with an answer that begins by thinking", form.param)
+        return Form("grammar", f"start: {self._thought} body\n{_THOUGHT}body: {body}\n", form.param)
+
+    def ending(self, sampling: Sampling) -> Sampling:
+        """An answer of one call at most ends with it."""
+        if not self.one_only or self.format is None:
+            return sampling
+        return msgspec.structs.replace(sampling, stop=(*sampling.stop, self.format.call_end))
+
+    @property
+    def _thought(self) -> str:
+        return f"thought {self._mark(END_OF_THOUGHT)} /\\s{{0,4}}/"
+
+    def _calls(self, thinks: bool) -> str:
+        """Lark: one call or several of the tools that may be called, their arguments by their schemas."""
+        format_ = self.format
+        assert format_ is not None
+        lines = [
+            f"start: {self._thought + ' ' if thinks else ''}{self._mark(format_.begin)} calls {self._mark(format_.end)}"
+        ]
+        between = f"{self._text(format_.between)} " if format_.between else ""
+        lines.append("calls: call" if self.one_only else f"calls: call ({between}call)*")
+        lines.append("call: " + " | ".join(f"call_{place}" for place in range(len(self.callable_))))
+        for place, tool in enumerate(self.callable_):
+            schema = json.dumps(_JSON | (tool.function.parameters or _ANYTHING))
+            header = self._text(format_.header(tool.function.name, 0).removesuffix("0"))
+            number = "/[0-9]{1,3}/ " if format_.numbers else ""
+            parts = (self._mark(format_.call_begin), header, number + self._text(format_.opening))
+            lines.append(f"call_{place}: {' '.join(parts)} arguments_{place} {self._text(format_.closings[0])}")
+            lines.append(f"arguments_{place}: %json {schema}")
+        return "\n".join(lines) + "\n" + (_THOUGHT if thinks else "")
+
+    def _text(self, text: str) -> str:
+        """Lark for text with control tokens in it."""
+        pieces, rest = [], text
+        for token in sorted((one for one in _MARKS if one in text), key=text.find):
+            before, _, rest = rest.partition(token)
+            pieces += [json.dumps(before, ensure_ascii=False)] if before else []
+            pieces.append(self._mark(token))
+        pieces += [json.dumps(rest, ensure_ascii=False)] if rest else []
+        return " ".join(pieces)
+
+    def _mark(self, token: str) -> str:
+        """Lark for a control token, which plain text cannot be taken for; for its spelling where there is none."""
+        try:
+            number = self.tokenizer.token_id(token)
+        except TextError:
+            return json.dumps(token, ensure_ascii=False)
+        return f"<[{number}]>" if number in self.tokenizer.control_ids else json.dumps(token, ensure_ascii=False)
+
+
+_THOUGHT = "thought: /(.|\\n)*/\n"
+_MARKS = tuple(f"<｜tool▁{one}｜>" for one in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")) + tuple(
+    f"<|tool_{one}|>"
+    for one in ("calls_section_begin", "calls_section_end", "call_begin", "call_end", "call_argument_begin")
+)
+
+
+def toolbox_of(asked: ChatRequest, tokenizer: Tokenizer, limits: Limits) -> Toolbox:
+    """What a request says of tools. Raises Refusal 400."""
+    tools, choice = tuple(asked.tools or ()), asked.tool_choice
+    if not tools:
+        if choice not in (None, "none"):
+            raise wrong("tool_choice needs tools", "tool_choice", "invalid_value")
+        return Toolbox(tokenizer)
+    _check(tools, limits)
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    callable_ = tuple(tool for tool in tools if named in (None, tool.function.name))
+    if not callable_:
+        raise wrong(f"tool_choice names {named!r}, which is not one of tools", "tool_choice", "invalid_value")
+    format_ = tool_format(next(iter(tokenizer.templates.values()), ""))
+    if format_ is None:
+        raise wrong("the chat template of this model takes no tools", "tools", "unsupported_parameter")
+    if choice == "none":
+        return Toolbox(tokenizer)
+    must_call = choice == "required" or named is not None
+    strict = next((tool for tool in tools if tool.function.strict), None)
+    if strict is not None and not must_call:
+        raise wrong(
+            f"the tool {strict.function.name!r} is strict, which is kept only where a tool must be called: "
+            "set tool_choice to required or to a function",
+            "tools",
+            "unsupported_parameter",
+        )
+    one_only = named is not None or asked.parallel_tool_calls is False
+    return Toolbox(tokenizer, tools, format_, must_call, one_only, callable_)
+
+
+def _check(tools: tuple[Tool, ...], limits: Limits) -> None:
+    if len(tools) > limits.tools:
+        raise wrong(f"{len(tools)} tools are given; at most {limits.tools} are allowed", "tools", "invalid_value")
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise wrong("two tools have the same name", "tools", "invalid_value")
+    for place, tool in enumerate(tools):
+        if tool.function.parameters is not None:
+            refuse_large_schema(tool.function.parameters, f"tools.{place}.function.parameters", limits)
+
+
+def _as_object(text: str) -> dict[str, Any]:
+    schema = json.loads(text)
+    return schema if isinstance(schema, dict) else {"allOf": [schema]}

@@ -1,0 +1,308 @@
+"""What no client of good will sends costs its sender a clear refusal, and nobody else anything."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from contextlib import closing, suppress
+
+import pytest
+
+from benthic.text import Tokenizer
+
+CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+HELLO = [{"role": "user", "content": "def add"}]
+
+
+def post(server, path, body, **headers):
+    """Status and JSON of one request; `body` is JSON data, or bytes as they are."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        with suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was sent
+            connection.request("POST", path, content, {"content-type": "application/json", **headers})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def assert_refused(answer, status, param=None, code=None):
+    got, body = answer
+    assert got == status, body
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    if param is not None:
+        assert body["error"]["param"] == param, body
+    if code is not None:
+        assert body["error"]["code"] == code, body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"prompt": "x"',
+        b"\x00",
+        b"\xff\xfe{\x00}\x00",
+        b"null",
+        b"[]",
+        b'"x"',
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "temperature": 1e400}',
+        b'{"prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}",
+        b'{"prompt": "x", "max_tokens": 99999999999999999999}',
+        b'{"prompt": "x", "prompt": "y"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": ' + b"[" * 100_000,
+        b'{"prompt": ' + b"[" * 100 + b"]" * 100 + b"}",
+        b'{"user": ' + b'{"a":' * 10_000 + b"1" + b"}" * 10_001,
+        b'{"prompt": "' + b"\\" * 9999,
+    ],
+)
+def test_what_is_not_json_is_a_400(server, body):
+    assert_refused(post(server, PLAIN, body), 400)
+
+
+@pytest.mark.parametrize(
+    "field",
+    "max_tokens n temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed min_tokens "
+    "logit_bias stop stop_token_ids stream stream_options user cache_salt ignore_eos messages max_completion_tokens "
+    "logprobs top_logprobs response_format tools tool_choice parallel_tool_calls structured_outputs".split(),
+)
+@pytest.mark.parametrize("value", [{"x": []}, [[]], "\u00e9" * 300, -(2**70), 1e308, True], ids=repr)
+def test_a_value_of_a_wrong_type_is_a_400_that_names_the_field(server, field, value):
+    fine = (
+        ("stream", True), ("ignore_eos", True), ("logprobs", True), ("parallel_tool_calls", True),
+    )  # fmt: skip
+    if any(field == name and value is allowed for name, allowed in fine):
+        pytest.skip("this is what the field takes")
+    status, body = post(server, CHAT, {"messages": HELLO, "max_tokens": 1, field: value})
+    assert status == 400, body
+    assert body["error"]["param"].split(".")[0] == field
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.01}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"presence_penalty": 2.01}, "presence_penalty"),
+        ({"seed": 2**63}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": 10**9}, "n"),
+        ({"n": True}, "n"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": "x" * 300}, "stop"),
+        ({"logit_bias": {"abc": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"logit_bias": {str(one): 1 for one in range(2000)}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, None),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"audio": {}}, "audio"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"store": True}, "store"),
+        ({"max_token": 3}, "max_token"),
+        ({"Foo": 3}, "Foo"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_is_out_of_bounds_is_a_400_that_names_it(server, changes, param):
+    assert_refused(post(server, CHAT, {"messages": HELLO, "max_tokens": 3, **changes}), 400, param)
+
+
+def test_an_unknown_parameter_is_told_with_the_nearest_known_one(server):
+    _, body = post(server, CHAT, {"messages": HELLO, "max_token": 3})
+    assert body["error"]["message"] == "unknown or unsupported parameter 'max_token'; did you mean 'max_tokens'?"
+    assert body["error"]["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], "", [-1], [10**6], [[]], [[1], "x"], [True], [[[1]]], [1.5], {}, None, ["a"] * 129, ["a"] * 1000],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_prompts_that_cannot_be_are_a_400(server, prompt):
+    status, body = post(server, PLAIN, {"prompt": prompt, "max_tokens": 2})
+    if prompt == "":  # with its beginning-of-sequence token this model can go on from nothing
+        assert status == 200
+    else:
+        assert_refused((status, body), 400)
+
+
+def test_the_longest_context_is_exact(server):
+    fits = {"prompt": [5] * 2000, "max_tokens": 48, "min_tokens": 48}
+    status, body = post(server, PLAIN, fits)
+    assert status == 200
+    assert body["usage"]["total_tokens"] == 2048
+    assert_refused(post(server, PLAIN, fits | {"max_tokens": 49}), 400, "prompt", "context_length_exceeded")
+    assert_refused(post(server, PLAIN, {"prompt": [5] * 2048}), 400, "prompt", "context_length_exceeded")
+    assert_refused(post(server, PLAIN, {"prompt": "a b" * 9000}), 400, "prompt", "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("schema", "code"),
+    [
+        ({"type": "nonsense"}, "invalid_schema"),
+        ({"type": "string", "pattern": "("}, "invalid_schema"),
+        ({"$ref": "http://127.0.0.1/x.json"}, "invalid_schema"),
+        ({"enum": list(range(10_000))}, "schema_too_large"),
+        ({"description": "x" * 70_000}, "schema_too_large"),
+    ],
+    ids=["type", "pattern", "reference", "nodes", "bytes"],
+)
+def test_schemas_that_cannot_be_used_are_a_400(server, schema, code):
+    format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = post(server, CHAT, {"messages": HELLO, "response_format": format_})
+    assert_refused(answer, 400, "response_format.json_schema.schema", code)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"regex": "(a+)+$"},
+        {"regex": "a{100000}{100000}"},
+        {"regex": "(((((a{9}){9}){9}){9}){9}){9}"},
+        {"grammar": "start: start start"},
+        {"json": {"$ref": "#"}},
+        {"json": {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}},
+    ],
+    ids=str,
+)
+def test_a_form_that_could_take_for_ever_is_answered_in_time_and_hurts_nobody(server, form):
+    began = time.monotonic()
+    status, _ = post(server, PLAIN, {"prompt": "x", "max_tokens": 2, "structured_outputs": form})
+    assert status in (200, 400)
+    assert time.monotonic() - began < 20
+    assert post(server, PLAIN, {"prompt": "x", "max_tokens": 2})[0] == 200
+
+
+def test_all_tokens_forbidden_is_an_answer_or_an_error_but_no_hang(server, folder):
+    vocabulary = Tokenizer.from_folder(folder).vocab_size
+    bias = {str(token): -100 for token in range(vocabulary)}
+    status, _ = post(server, PLAIN, {"prompt": "x", "max_tokens": 2, "logit_bias": bias})
+    assert status == 200
+
+
+def test_other_content_types_and_too_long_bodies_are_told_so(server):
+    assert_refused(post(server, PLAIN, b"x=1", **{"content-type": "text/plain"}), 415)
+    assert_refused(post(server, PLAIN, {"prompt": "x" * 5_000_000}), 413, code="body_too_large")
+
+
+def raw(server, content, seconds=10):
+    """What comes back for bytes as they are, until the server closes or is silent."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as one:
+        one.sendall(content)
+        received = b""
+        try:
+            while part := one.recv(65536):
+                received += part
+        except (TimeoutError, ConnectionResetError):
+            pass
+    return received
+
+
+def test_a_long_body_that_does_not_tell_its_length_is_cut_off(server):
+    head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+    chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as one:
+        received = b""
+        try:
+            one.sendall(head)
+            for _ in range(6):
+                one.sendall(chunk)
+            received = one.recv(65536)
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+    assert not received or b" 413 " in received.split(b"\r\n")[0]
+
+
+def test_a_body_that_never_ends_and_headers_that_never_end_are_closed(server):
+    head = HEAD + b"content-length: 100\r\n\r\n{"
+    began = time.monotonic()
+    assert b" 408 " in raw(server, head).split(b"\r\n")[0]
+    assert raw(server, b"GET /health HTTP/1.1\r\nhost") == b""
+    assert time.monotonic() - began < 10
+
+
+def test_large_and_many_headers_are_a_431(server):
+    assert b" 431 " in raw(server, b"GET /health HTTP/1.1\r\nx: " + b"a" * 200_000 + b"\r\n\r\n")
+    many = b"".join(b"x%d: 1\r\n" % number for number in range(150))
+    assert b" 431 " in raw(server, b"GET /health HTTP/1.1\r\n" + many + b"\r\n")
+
+
+def stream_head(max_tokens):
+    body = json.dumps({"prompt": "def", "max_tokens": max_tokens, "stream": True, "ignore_eos": True}).encode()
+    return HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+def test_who_does_not_read_is_closed_and_frees_its_blocks(server):
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        one.settimeout(10)
+        one.connect(("127.0.0.1", server.port))
+        body = {"prompt": ["def"] * 16, "max_tokens": 2000, "stream": True, "ignore_eos": True, "logprobs": 20}
+        content = json.dumps(body).encode()
+        one.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(content) + content)
+        server.wait_for(lambda: server.metric("vllm:num_requests_running") > 0)
+        server.wait_for(lambda: is_idle(server), 60)
+    assert post(server, PLAIN, {"prompt": "x", "max_tokens": 2})[0] == 200
+
+
+def is_idle(server):
+    return server.metric("vllm:num_requests_running") == 0 and server.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def test_who_leaves_mid_stream_frees_its_blocks(server):
+    before = server.metric("vllm:request_success_total")
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as one:
+            one.sendall(stream_head(2000))
+            while b"text_completion" not in one.recv(65536):
+                pass
+    server.wait_for(lambda: server.metric("vllm:request_success_total") == before + 5)
+    server.wait_for(lambda: is_idle(server))
+
+
+def test_who_leaves_before_a_whole_answer_frees_its_blocks(server):
+    before = server.metric("vllm:request_success_total")
+    body = stream_head(2000).replace(b'"stream": true', b'"stream":false')
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as one:
+            one.sendall(body)
+            server.wait_for(lambda: server.metric("vllm:num_requests_running") > 0)
+        server.wait_for(lambda: is_idle(server))
+    assert server.metric("vllm:request_success_total") == before + 5
+
+
+def test_the_line_of_the_log_names_the_user_on_one_line(server):
+    post(server, PLAIN, {"prompt": "x", "max_tokens": 1, "user": "eve\nFORGED"})
+    server.wait_for(lambda: " eve\\nFORGED 200 " in server.log.read_text())
+    assert not any(line.startswith("FORGED") for line in server.log.read_text().splitlines())
+
+
+def test_a_line_break_in_a_path_or_a_request_id_makes_no_line_of_the_log(server):
+    raw(server, b"GET /x%0aFORGED%1b[31m HTTP/1.1\r\nhost: x\r\nx-request-id: a b\r\nconnection: close\r\n\r\n")
+    server.wait_for(lambda: "/x\\nFORGED\\x1b[31m" in server.log.read_text())
+    assert not any(line.startswith("FORGED") for line in server.log.read_text().splitlines())
