@@ -21,13 +21,11 @@ HEADLINES: dict[str, tuple[str, ...]] = {
         "training, lite, bf16, bfloat16 moments, beside torchtitan 0.2.2 all bf16",
         "training, lite, float8",
         "training, v3, float8",
+        "planned memory of training, lite, bf16, float32 moments",
+        "planned memory of training, v3, float8",
     ),
     "fp8_loss": ("loss after",),
     "train_cpu_tiny": ("training step, tiny", "greedy decoding with a cache, tiny"),
-    "plan_vs_measured": (
-        "planned memory of a training step: v2-lite, 8 layers, 4 x 4096",
-        "planned time of a training step: v2-lite, 8 layers, 4 x 4096",
-    ),
     "kernels_fp8": (
         "forward 8x4096 4096x7168",
         "weight gradient 16x2048 4096x7168",
@@ -160,6 +158,13 @@ def _train_gpu(result: dict[str, Any]) -> Iterator[str]:
             what = f"memory reserved while training, {_arm(arm)}, beside {_arm_beside(other)}"
             cells = f"{memory:.1f} GiB", f"{theirs:.1f} GiB", f"{memory / theirs:.2f}"
             yield _row(what, *cells, where, arm["machine"]["commit"])
+    for arm in arms.values():
+        memory = arm.get("memory", {})
+        if "planned_gib" in memory:
+            planned, peak = memory["planned_gib"], memory["allocated_gib"]
+            where = f"{arm['machine']['gpu']}, torch {arm['machine']['versions']['torch']}"
+            cells = f"{planned:.2f} GiB planned", f"{peak:.2f} GiB at the peak", f"{planned / peak:.3f}"
+            yield _row(f"planned memory of training, {_arm(arm)}", *cells, where, arm["machine"]["commit"])
 
 
 TRAINING_PAIRS = (
