@@ -86,9 +86,7 @@ def _tell_beginning(config: ServeConfig, model: ModelConfig, options: argparse.N
     from benthic.plan.parameters import count_parameters
 
     count = count_parameters(model)
-    logger.info(
-        "model    %s: %.2f G parameters, %.2f G a token", config.model_name, count.total / 1e9, count.active / 1e9
-    )
+    logger.info("model    %s: %s parameters, %s a token", config.model_name, f"{count.total:,}", f"{count.active:,}")
     if config.key_digests:
         who = f"{len(config.key_digests)} API keys"
     else:
