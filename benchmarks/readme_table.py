@@ -207,7 +207,7 @@ def _fp8_loss(result: dict[str, Any]) -> Iterator[str]:
         machine, gpu = result["arms"][arm]["machine"], result["arms"][arm].get("gpu", "CPU")
         where = f"{gpu}, torch {machine['versions']['torch']}"
         yield _row(
-            f"loss after {row['updates']:,} updates of 0.56 B parameters {names[arm]}",
+            f"loss after {row['updates']:,} updates of 0.55 B parameters {names[arm]}",
             f"{row['last_smoothed_loss']:.4f}",
             f"bf16: {found['bfloat16']['last_smoothed_loss']:.4f}",
             f"{row['mean_difference_of_last_tenth_percent']:+.3f}% over the last tenth",
