@@ -67,7 +67,7 @@ SIZES: dict[str, dict[str, int]] = {
         "num_experts_per_tok": 2, "moe_intermediate_size": 32,
     },
 }  # fmt: skip
-"""half-billion: 553 M parameters, 97 M of them active for a token; wide rather than deep, so that the GPU is not waiting
+"""half-billion: 553 M parameters, 97 M of them active for a token; wide rather than deep, so that the GPU does not wait
 for the host. tiny is for tests."""
 
 

@@ -201,7 +201,8 @@ def _fp8_loss(result: dict[str, Any]) -> Iterator[str]:
     """The smoothed loss of each FP8 run beside bf16's: the mean difference over the last tenth of the updates."""
     found = result["summary"]
     names = {"float8": "in FP8", "blocks": "in FP8, gradients by 128 x 128", "again": "in bf16, one bit changed"}
-    for arm, row in found.items():
+    for arm in names:
+        row = found.get(arm, {})
         if "mean_difference_of_last_tenth_percent" not in row:
             continue
         machine, gpu = result["arms"][arm]["machine"], result["arms"][arm].get("gpu", "CPU")
