@@ -9,10 +9,12 @@ from pydantic.json_schema import models_json_schema
 
 from benthic import __version__
 from benthic.serve.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from benthic.serve.response_requests import ResponsesRequest
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
