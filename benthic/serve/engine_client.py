@@ -30,6 +30,8 @@ from benthic.serve.messages import (
     Counts,
     Delta,
     Fatal,
+    LayerLoad,
+    Loads,
     Order,
     Ready,
     Refused,
@@ -83,6 +85,7 @@ class EngineClient:
         self.state = State.LOADING
         self.ready: Ready | None = None
         self.counts = Counts()
+        self.loads: list[LayerLoad] = []
         self.totals = Totals()
         self.failure = ""
         self.mean_seconds = 1.0
@@ -207,6 +210,8 @@ class EngineClient:
                 for delta in report.deltas:
                     self._deliver(delta)
                 self.counts = report.counts
+            case Loads():
+                self.loads = report.layers
             case Added():
                 self._settle(report.request, None)
             case Refused():
@@ -255,7 +260,7 @@ class EngineClient:
             one.mailbox.fail(failure)
             self._forget(number)
         self.totals.counts = _sum(self.totals.counts, self.counts)
-        self.counts = Counts()
+        self.counts, self.loads = Counts(), []
 
     def _send(self, order: Order) -> None:
         if self._writer is not None and not self._writer.is_closing():
