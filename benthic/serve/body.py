@@ -49,7 +49,9 @@ def _too_long(limits: Limits) -> Refusal:
 def parse(content: bytes, limits: Limits) -> dict[str, Any]:
     """The JSON object that `content` is. Raises Refusal 400."""
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_a_number)
+        value = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_a_number, parse_float=_number
+        )
     except UnicodeDecodeError:
         raise wrong("the body is not UTF-8", code="invalid_json") from None
     except RecursionError:
@@ -111,6 +113,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _not_a_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _number(text: str) -> float | int:
+    """JSON knows numbers only, and some clients write 16 as 16.0; above 2^53 a float does not say which integer."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 _NAMES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}

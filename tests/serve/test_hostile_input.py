@@ -88,6 +88,7 @@ def test_a_value_of_a_wrong_type_is_a_400_that_names_the_field(server, field, va
     [
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2.01}, "temperature"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"min_p": 1.1}, "min_p"),
@@ -131,6 +132,14 @@ def test_a_value_of_a_wrong_type_is_a_400_that_names_the_field(server, field, va
 )
 def test_what_is_out_of_bounds_is_a_400_that_names_it(server, changes, param):
     assert_refused(post(server, CHAT, {"messages": HELLO, "max_tokens": 3, **changes}), 400, param)
+
+
+def test_a_whole_number_may_be_written_as_a_float(server):
+    status, body = post(server, PLAIN, b'{"prompt": [5.0, 6e0], "max_tokens": 3.0, "ignore_eos": true}')
+    assert status == 200
+    assert body["usage"]["completion_tokens"] == 3
+    assert_refused(post(server, PLAIN, {"prompt": "x", "max_tokens": 2.5}), 400, "max_tokens")
+    assert_refused(post(server, PLAIN, {"prompt": "x", "seed": 1e18}), 400, "seed")
 
 
 def test_an_unknown_parameter_is_told_with_the_nearest_known_one(server):
