@@ -62,7 +62,17 @@ def parse(content: bytes, limits: Limits) -> dict[str, Any]:
         raise wrong(f"the body is a JSON {_NAMES[type(value)]}; an object is needed", code="invalid_json")
     if depth_of(value, limits.json_depth) > limits.json_depth:
         raise _too_deep(limits)
+    if b"\\ud" in content.lower():
+        _refuse_half_characters(value)
     return value
+
+
+def _refuse_half_characters(value: dict[str, Any]) -> None:
+    """JSON can spell one half of a surrogate pair; no text has it, and nothing behind this could write it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise wrong("the body has half of a surrogate pair, which is no character", code="invalid_json") from None
 
 
 def validated(value: dict[str, Any], model: type[M]) -> M:
