@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 Text = Annotated[str, Field(max_length=2**22)]
 ShortText = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _refuse_yes(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported")
+    return value
+
+
+No = Annotated[bool, AfterValidator(_refuse_yes), WithJsonSchema({"const": False})]
+"""Literal[False] would take 0 too."""
 Finite = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
@@ -26,7 +36,7 @@ class StreamOptions(Asked):
     """How a stream tells about itself."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class StructuredOutputs(Asked):
@@ -167,7 +177,7 @@ class ChatRequest(Generation):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: None = None
