@@ -19,6 +19,7 @@ from benthic.serve.guard import Guard
 from benthic.serve.openapi import openapi
 from benthic.serve.refusal import Refusal, wrong
 from benthic.serve.requests import DetokenizeRequest, TokenizeRequest
+from benthic.serve.responses import kept_response, responses
 from benthic.serve.service import Service
 from benthic.serve.wire import Health, Model, Models, Text, TokenIds, encode
 
@@ -95,11 +96,6 @@ async def embeddings(request: Request, service: Service) -> Response:
     raise Refusal(501, "this model generates text; it makes no embeddings", code="unsupported_endpoint")
 
 
-async def responses(request: Request, service: Service) -> Response:
-    """Not served: conversations are not kept here."""
-    raise Refusal(501, "this server has no /v1/responses; use /v1/chat/completions", code="unsupported_endpoint")
-
-
 async def description(request: Request, service: Service) -> Response:
     """What this server takes, as OpenAPI 3.1."""
     return JSONResponse(openapi(service.config))
@@ -112,6 +108,10 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("GET", "/v1/models/{name:path}"): model,
     ("POST", "/v1/embeddings"): embeddings,
     ("POST", "/v1/responses"): responses,
+    ("GET", "/v1/responses/{id}"): kept_response,
+    ("DELETE", "/v1/responses/{id}"): kept_response,
+    ("POST", "/v1/responses/{id}/cancel"): kept_response,
+    ("GET", "/v1/responses/{id}/input_items"): kept_response,
     ("POST", "/tokenize"): tokenize,
     ("POST", "/detokenize"): detokenize,
     ("GET", "/health"): health,

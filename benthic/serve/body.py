@@ -138,5 +138,6 @@ _TYPES = {
     "float",
     "bool",
     "none",
+    *(f"constrained-{kind}" for kind in ("str", "int", "float")),
     *(f"{kind}[{of}]" for kind in ("list", "dict") for of in ("str", "int")),
 }

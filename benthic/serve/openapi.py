@@ -14,20 +14,23 @@ from benthic import __version__
 from benthic.config.serve import ServeConfig
 from benthic.serve.guard import OPEN_PATHS
 from benthic.serve.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from benthic.serve.response_requests import ResponsesRequest
+from benthic.serve.response_wire import EVENTS, Response
 from benthic.serve.wire import ChatChunk, ChatCompletion, Completion, Errors, Health, Model, Models, Text, TokenIds
 
 
 class Body(NamedTuple):
-    """What a POST takes and gives: an answer, or where the client asks for it a stream of `chunk`."""
+    """What a POST takes and gives: an answer, or where the client asks for it a stream of `chunks`."""
 
     asked: type[BaseModel]
     answer: type[msgspec.Struct]
-    chunk: type[msgspec.Struct] | None = None
+    chunks: tuple[type[msgspec.Struct], ...] = ()
 
 
 BODIES: dict[str, Body] = {
-    "/v1/chat/completions": Body(ChatRequest, ChatCompletion, ChatChunk),
-    "/v1/completions": Body(CompletionRequest, Completion, Completion),
+    "/v1/chat/completions": Body(ChatRequest, ChatCompletion, (ChatChunk,)),
+    "/v1/completions": Body(CompletionRequest, Completion, (Completion,)),
+    "/v1/responses": Body(ResponsesRequest, Response, EVENTS),
     "/tokenize": Body(TokenizeRequest, TokenIds),
     "/detokenize": Body(DetokenizeRequest, Text),
 }
@@ -60,7 +63,7 @@ def openapi(config: ServeConfig) -> dict[str, Any]:
     _, definitions = models_json_schema(
         [(one.asked, "validation") for one in BODIES.values()], ref_template="#/components/schemas/{model}"
     )
-    structs = {one for body in BODIES.values() for one in (body.answer, body.chunk) if one is not None}
+    structs = {one for body in BODIES.values() for one in (body.answer, *body.chunks)}
     structs |= {one for one in PAGES.values() if not isinstance(one, str)} | {Errors}
     components: dict[str, Any] = {"schemas": definitions["$defs"] | _structs(structs)}
     description: dict[str, Any] = {
@@ -90,8 +93,8 @@ def _structs(structs: Iterable[type[msgspec.Struct]]) -> dict[str, Any]:
 
 def _post(body: Body) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _reference(body.answer)}}
-    if body.chunk is not None:
-        content["text/event-stream"] = {"schema": _event(body.chunk)}
+    if body.chunks:
+        content["text/event-stream"] = {"schema": _event(body.chunks)}
     asked = {"$ref": f"#/components/schemas/{body.asked.__name__}"}
     return {
         "summary": body.asked.__doc__,
@@ -101,12 +104,10 @@ def _post(body: Body) -> dict[str, Any]:
     }
 
 
-def _event(chunk: type[msgspec.Struct]) -> dict[str, Any]:
+def _event(chunks: Iterable[type[msgspec.Struct]]) -> dict[str, Any]:
     """One event of a stream: a chunk, an error that came up on the way, or the end's mark."""
-    content = {
-        "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [_reference(chunk), _reference(Errors)]},
-    }
+    told = {"anyOf": [_reference(one) for one in (*chunks, Errors)]}
+    content = {"contentMediaType": "application/json", "contentSchema": told}
     data = {"type": "string", "anyOf": [{"const": "[DONE]"}, content]}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 

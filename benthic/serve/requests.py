@@ -23,6 +23,7 @@ def _refuse_yes(value: bool) -> bool:
 
 No = Annotated[bool, AfterValidator(_refuse_yes), WithJsonSchema({"const": False})]
 """Literal[False] would take 0 too."""
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Finite = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
@@ -48,12 +49,10 @@ class StructuredOutputs(Asked):
     choice: list[ShortText] | None = Field(None, min_length=1, max_length=1024)
 
 
-class Generation(Asked):
-    """What chat and plain completions share."""
+class Drawing(Asked):
+    """What all requests for text share: by which model, and how its tokens are drawn."""
 
     model: ShortText | None = None
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    n: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
@@ -68,10 +67,17 @@ class Generation(Asked):
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    structured_outputs: StructuredOutputs | None = None
     cache_salt: ShortText | None = Field(None, min_length=1)
     user: ShortText | None = None
+
+
+class Generation(Drawing):
+    """What chat and plain completions share."""
+
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    n: int | None = Field(None, ge=1)
+    stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class TextPart(Asked):
@@ -142,6 +148,20 @@ class NamedTool(Asked):
     function: FunctionName
 
 
+class AllowedNames(Asked):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedTools(Asked):
+    """The tools that may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedNames
+
+
 class JsonSchema(Asked):
     """A schema with its name. It binds the answer whether it says strict or not."""
 
@@ -174,13 +194,13 @@ class ChatRequest(Generation):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
+    reasoning_effort: Effort | None = None
     store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
-    reasoning_effort: None = None
     metadata: None = None
     prediction: None = None
     audio: None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -13,7 +14,7 @@ from benthic.errors import TextError
 from benthic.serve.answer_parts import END_OF_THOUGHT
 from benthic.serve.messages import Sampling
 from benthic.serve.refusal import wrong
-from benthic.serve.requests import ChatRequest, NamedTool, Tool
+from benthic.serve.requests import AllowedTools, ChatRequest, NamedTool, Tool
 from benthic.serve.sampling import Form, refuse_large_schema
 from benthic.text import Tokenizer
 from benthic.text.tool_format import ToolFormat, tool_format
@@ -104,24 +105,47 @@ _MARKS = tuple(f"<｜tool▁{one}｜>" for one in ("calls▁begin", "calls▁end
 )
 
 
-def toolbox_of(asked: ChatRequest, tokenizer: Tokenizer, limits: Limits) -> Toolbox:
-    """What a request says of tools. Raises Refusal 400."""
-    tools, choice = tuple(asked.tools or ()), asked.tool_choice
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a request says of its tools: whether one must be called, which of them may be (None: all), and whether at
+    most one."""
+
+    mode: Literal["none", "auto", "required"] | None = None
+    names: tuple[str, ...] | None = None
+    one_only: bool = False
+
+
+def choice_of(asked: ChatRequest) -> Choice:
+    """What a chat says."""
+    one_only = asked.parallel_tool_calls is False
+    match asked.tool_choice:
+        case NamedTool(function=function):
+            return Choice("required", (function.name,), one_only=True)
+        case AllowedTools(allowed_tools=allowed):
+            return Choice(allowed.mode, tuple(tool.function.name for tool in allowed.tools), one_only)
+        case mode:
+            return Choice(mode, None, one_only)
+
+
+def toolbox_of(tools: Sequence[Tool], choice: Choice, tokenizer: Tokenizer, limits: Limits) -> Toolbox:
+    """The tools of a request, and its choice among them. Raises Refusal 400."""
+    tools = tuple(tools)
     if not tools:
-        if choice not in (None, "none"):
+        if choice.mode not in (None, "none", "auto") or choice.names is not None:
             raise wrong("tool_choice needs tools", "tool_choice", "invalid_value")
         return Toolbox(tokenizer)
     _check(tools, limits)
-    named = choice.function.name if isinstance(choice, NamedTool) else None
-    callable_ = tuple(tool for tool in tools if named in (None, tool.function.name))
-    if not callable_:
-        raise wrong(f"tool_choice names {named!r}, which is not one of tools", "tool_choice", "invalid_value")
+    known = {tool.function.name for tool in tools}
+    strange = next((name for name in choice.names or () if name not in known), None)
+    if strange is not None:
+        raise wrong(f"tool_choice names {strange!r}, which is not one of tools", "tool_choice", "invalid_value")
+    callable_ = tuple(tool for tool in tools if choice.names is None or tool.function.name in choice.names)
     format_ = tool_format(next(iter(tokenizer.templates.values()), ""))
     if format_ is None:
         raise wrong("the chat template of this model takes no tools", "tools", "unsupported_parameter")
-    if choice == "none":
+    if choice.mode == "none":
         return Toolbox(tokenizer)
-    must_call = choice == "required" or named is not None
+    must_call = choice.mode == "required"
     strict = next((tool for tool in tools if tool.function.strict), None)
     if strict is not None and not must_call:
         raise wrong(
@@ -130,8 +154,7 @@ def toolbox_of(asked: ChatRequest, tokenizer: Tokenizer, limits: Limits) -> Tool
             "tools",
             "unsupported_parameter",
         )
-    one_only = named is not None or asked.parallel_tool_calls is False
-    return Toolbox(tokenizer, tools, format_, must_call, one_only, callable_)
+    return Toolbox(tokenizer, tools, format_, must_call, choice.one_only, callable_)
 
 
 def _check(tools: tuple[Tool, ...], limits: Limits) -> None:
@@ -142,7 +165,7 @@ def _check(tools: tuple[Tool, ...], limits: Limits) -> None:
         raise wrong("two tools have the same name", "tools", "invalid_value")
     for place, tool in enumerate(tools):
         if tool.function.parameters is not None:
-            refuse_large_schema(tool.function.parameters, f"tools.{place}.function.parameters", limits)
+            refuse_large_schema(tool.function.parameters, f"tools.{place}", limits)
 
 
 def _as_object(text: str) -> dict[str, Any]:

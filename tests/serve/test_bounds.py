@@ -23,12 +23,12 @@ TAKES = {
     "integer": "max_tokens n top_k seed min_tokens max_completion_tokens top_logprobs best_of",
     "number integer": "temperature top_p min_p presence_penalty frequency_penalty repetition_penalty",
     "boolean": "stream ignore_eos parallel_tool_calls echo store",
-    "string": "model user cache_salt service_tier suffix",
+    "string": "model user cache_salt service_tier suffix reasoning_effort",
     "string array": "stop prompt",
     "array": "stop_token_ids messages tools modalities",
     "object": "logit_bias stream_options structured_outputs response_format chat_template_kwargs",
     "string object": "tool_choice",
-    "": "reasoning_effort metadata prediction audio functions function_call verbosity web_search_options",
+    "": "metadata prediction audio functions function_call verbosity web_search_options",
 }
 KINDS = {field: set(kinds.split()) for kinds, fields in TAKES.items() for field in fields.split()}
 KINDS_OF_ENDPOINT = {

@@ -8,19 +8,8 @@ import json
 import openai
 import pytest
 
-from benthic.inference.pretrained import save_model
-from benthic.text import Tokenizer, train_tokenizer
-from benthic.text.tool_format import V31
-from tests.model.configs import CONFIGS, randomised, tiny
+from tests.serve.marked import END_OF_THOUGHT
 
-MARKS = ("<think>", "</think>", V31.begin, V31.end, V31.call_begin, V31.call_end, "<｜tool▁sep｜>")
-TEMPLATES = {
-    "V3.1": "{{ bos_token }}{% if tools %}## Tools {{ tools | tojson }}{% endif %}"
-    "{% for m in messages %}<｜User｜>{{ m['content'] }}"
-    "{% if m['tool_calls'] %}<｜tool▁calls▁begin｜>{{ m['tool_calls'] | length }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}",
-}
-TEMPLATES["V3"] = TEMPLATES["V3.1"] + "{# ```json #}"
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -34,34 +23,9 @@ TOOLS = [
 HELLO = [{"role": "user", "content": "def add"}]
 
 
-def trained_tokenizer():
-    return train_tokenizer(["def add(first, second):\n    return first + second\n" * 20], 300)
-
-
-END_OF_THOUGHT = str(trained_tokenizer().vocab_size + MARKS.index("</think>"))
-
-
 @pytest.fixture(scope="module", params=["V3.1", "V3"])
-def client(request, start, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tools")
-    trained = trained_tokenizer()
-    definition = json.loads(trained.definition)
-    row = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    definition["added_tokens"] += [
-        {"id": trained.vocab_size + place, "content": mark, **row} for place, mark in enumerate(MARKS)
-    ]
-    tokenizer = Tokenizer(json.dumps(definition), trained.config, {"default": TEMPLATES[request.param]})
-    config = tiny(
-        **CONFIGS["v3"], vocab_size=tokenizer.vocab_size, dtype="float32", max_position_embeddings=4096, eos_token_id=1
-    )
-    save_model(randomised(config), path, weights="fp32")
-    tokenizer.save(path)
-    server = start("--speculative", model=path).wait_until_ready()
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60, _strict_response_validation=True
-    ) as one:
-        yield one
-    server.stop()
+def client(request, marked):
+    return marked(request.param)
 
 
 def chat(client, **options):
