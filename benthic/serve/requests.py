@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 Text = Annotated[str, Field(max_length=2**22)]
 ShortText = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _refuse_yes(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported")
+    return value
+
+
+No = Annotated[bool, AfterValidator(_refuse_yes), WithJsonSchema({"const": False})]
+"""Literal[False] would take 0 too."""
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Finite = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
@@ -27,7 +37,7 @@ class StreamOptions(Asked):
     """How a stream tells about itself."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class StructuredOutputs(Asked):
@@ -49,7 +59,7 @@ class Drawing(Asked):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
@@ -188,7 +198,7 @@ class ChatRequest(Generation):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
     reasoning_effort: Effort | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     metadata: None = None
@@ -212,6 +222,15 @@ class CompletionRequest(Generation):
 
 class TokenizeRequest(Asked):
     """POST /tokenize: a text, or a conversation as the model reads it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"properties": {"prompt": {"type": "string"}}, "required": ["prompt"]},
+                {"properties": {"messages": {"type": "array"}}, "required": ["messages"]},
+            ]
+        }
+    )
 
     model: ShortText | None = None
     prompt: Text | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from benthic.serve.requests import Asked, Drawing, Effort, ShortText, Text
+from benthic.serve.requests import Asked, Drawing, Effort, No, ShortText, Text
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -141,7 +141,7 @@ class ReasoningOptions(Asked):
 class ResponseStreamOptions(Asked):
     """How a stream is written."""
 
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class ResponsesRequest(Drawing):
@@ -168,8 +168,8 @@ class ResponsesRequest(Drawing):
     service_tier: Literal["auto", "default"] | None = None
     prompt_cache_key: ShortText | None = None
     safety_identifier: ShortText | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    store: No | None = None
+    background: No | None = None
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None

@@ -12,33 +12,30 @@ ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
-class OutputText(msgspec.Struct):
+class OutputText(msgspec.Struct, tag_field="type", tag="output_text"):
     """The text of a message. `logprobs` are empty unless they were asked for."""
 
     text: str = ""
     logprobs: list[TokenLogprob] = []
     annotations: list[None] = []
-    type: Literal["output_text"] = "output_text"
 
 
-class ReasoningText(msgspec.Struct):
+class ReasoningText(msgspec.Struct, tag_field="type", tag="reasoning_text"):
     """The text of a thought."""
 
     text: str = ""
-    type: Literal["reasoning_text"] = "reasoning_text"
 
 
-class MessageItem(msgspec.Struct):
+class MessageItem(msgspec.Struct, tag_field="type", tag="message"):
     """What the model says to the user."""
 
     id: str
     status: ItemStatus = "in_progress"
     content: list[OutputText] = []
     role: Literal["assistant"] = "assistant"
-    type: Literal["message"] = "message"
 
 
-class ReasoningItem(msgspec.Struct):
+class ReasoningItem(msgspec.Struct, tag_field="type", tag="reasoning"):
     """What the model thought first. It comes in the open, and nothing sums it up."""
 
     id: str
@@ -46,10 +43,9 @@ class ReasoningItem(msgspec.Struct):
     content: list[ReasoningText] = []
     summary: list[None] = []
     encrypted_content: None = None
-    type: Literal["reasoning"] = "reasoning"
 
 
-class CallItem(msgspec.Struct):
+class CallItem(msgspec.Struct, tag_field="type", tag="function_call"):
     """A call of a function; `arguments` are JSON."""
 
     id: str
@@ -57,7 +53,6 @@ class CallItem(msgspec.Struct):
     name: str
     status: ItemStatus = "in_progress"
     arguments: str = ""
-    type: Literal["function_call"] = "function_call"
 
 
 Item = MessageItem | ReasoningItem | CallItem
@@ -123,8 +118,8 @@ class Response(msgspec.Struct, kw_only=True):
     reasoning: dict[str, Any]
     safety_identifier: str | None
     service_tier: Literal["default"] = "default"
-    store: Literal[False] = False
-    background: Literal[False] = False
+    store: bool = False
+    background: bool = False
     temperature: float
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
@@ -224,3 +219,17 @@ class ArgumentsDone(Event, kw_only=True):
     output_index: int
     name: str
     arguments: str
+
+
+EVENTS = (
+    ResponseEvent,
+    ItemEvent,
+    PartEvent,
+    TextDelta,
+    TextDone,
+    ReasoningDelta,
+    ReasoningDone,
+    ArgumentsDelta,
+    ArgumentsDone,
+)
+"""All kinds of events."""

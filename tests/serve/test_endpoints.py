@@ -9,7 +9,9 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from benthic.config.serve import ServeConfig
 from benthic.serve.app import ENDPOINTS
+from benthic.serve.openapi import openapi
 from benthic.text import Tokenizer
 from tests.model.configs import CONFIGS, tiny
 
@@ -76,12 +78,22 @@ def test_the_description_names_what_there_is_and_every_reference_resolves(server
     description = json.loads(text)
     assert description["openapi"] == "3.1.0"
     hidden = {path for _, path in ENDPOINTS if path.startswith("/v1/responses/")}
-    known = {path for _, path in ENDPOINTS} - {"/v1/models/{name:path}", "/v1/embeddings"} - hidden
+    known = {path.replace(":path", "") for _, path in ENDPOINTS} - {"/v1/embeddings"} - hidden
     assert set(description["paths"]) == known
     schemas = description["components"]["schemas"]
     references = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert references <= set(schemas)
     assert schemas["ChatRequest"]["additionalProperties"] is False
+    assert schemas["Answer.ChatCompletion"]["additionalProperties"] is False
+    assert "securitySchemes" not in description["components"]
+
+
+def test_a_server_with_keys_describes_what_needs_one():
+    description = openapi(ServeConfig(model_name="x", key_digests=(b"x",)))
+    for path, operations in description["paths"].items():
+        for operation in operations.values():
+            assert operation["security"] == ([] if path == "/health" else [{"key": []}])
+            assert ("401" in operation["responses"]) == (path != "/health")
 
 
 def test_no_header_opens_the_server_to_other_pages(server):
