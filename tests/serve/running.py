@@ -20,11 +20,12 @@ START_SECONDS = 120
 class RunningServer:
     """`benthic serve` of a model's folder on a free port."""
 
+    entry: tuple[str, ...] = ("-c", "from benthic.cli.main import run; run()")
+
     def __init__(self, folder: Path, *options: str, log: Path) -> None:
         self.port, self.log = free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        code = "from benthic.cli.main import run; run()"
-        command = [sys.executable, "-c", code, "serve", str(folder), "--port", str(self.port), "--model-name", "tiny"]
+        command = [sys.executable, *self.entry, "serve", str(folder), "--port", str(self.port), "--model-name", "tiny"]
         with log.open("w") as file:
             self.process = subprocess.Popen([*command, *options], stderr=file, stdout=file)
 
@@ -58,7 +59,7 @@ class RunningServer:
 
     def engine_pid(self) -> int:
         for pid in self.children():
-            if b"engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"engine" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
         raise AssertionError("no engine")
 
