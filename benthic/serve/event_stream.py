@@ -27,7 +27,7 @@ def event(content: bytes) -> bytes:
 class EventStream:
     """An ASGI response. `end` is called when all is sent, and when the client leaves or does not read.
 
-    A Refusal on the way is the last event but [DONE]: the status was sent long ago.
+    A Refusal on the way is the last event but [DONE], and so is whatever else fails: the status was sent long ago.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], end: Callable[[], None], limits: Limits) -> None:
@@ -57,6 +57,11 @@ class EventStream:
             last = DONE
         except Refusal as refusal:
             last = event(refusal.body) + DONE
+        except ClientDisconnect:
+            raise
+        except Exception:
+            logger.exception("server: a stream failed")
+            last = event(Refusal(500, "the server failed to answer", "server_error", code="internal_error").body) + DONE
         await self._send(send, {"type": "http.response.body", "body": last, "more_body": False})
 
     async def _send(self, send: Send, message: Message) -> None:

@@ -63,11 +63,11 @@ class RunningServer:
                 return pid
         raise AssertionError("no engine")
 
-    def metric(self, name: str) -> float:
-        """The sum over labels of one metric."""
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum over labels of one metric, or over those that have `label`."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{") and label in line)
 
     def wait_for(self, condition, seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds

@@ -50,7 +50,7 @@ def patch() -> None:
     Runner.compute = raises("forward", faulty_compute)
     Runner.logits = faulty_logits
     drawing.draw = raises("sampler", faulty_draw)
-    Form.allowed = raises("grammar", Form.allowed)
+    Form._mask = raises("grammar", Form._mask)
     Detokenizer.add = raises("detokeniser", Detokenizer.add)
 
 

@@ -51,6 +51,11 @@ class Outcome:
         return "".join(choice["text"] for one in self.events for choice in one.get("choices", []))
 
     @property
+    def last(self) -> dict[str, Any]:
+        """The body, or the last event."""
+        return self.body or self.events[-1]
+
+    @property
     def errors(self) -> list[dict[str, Any]]:
         """The error of the body, or those among the events."""
         return [one["error"] for one in (self.body, *self.events) if "error" in one]
