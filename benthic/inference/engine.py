@@ -201,7 +201,9 @@ class Engine:
         try:
             if self._drafter is not None:
                 main = time.perf_counter() - begun
-                self._follow(self._drafter, news, computed)
+                told = {event.request_id for event in events}
+                failed = self._follow(self._drafter, news, computed)
+                events += [event for event in failed if event.request_id not in told]
                 tokens = sum(len(event.token_ids) for event in events)
                 self._pace.note(works, tokens, main, time.perf_counter() - begun)
         finally:
@@ -209,6 +211,10 @@ class Engine:
                 if work.request.has_ended:
                     self.scheduler.finish(work.request)
         return events
+
+    def fail_running(self, error: Exception) -> list[Event]:
+        """End all that runs, after a step raised `error` and nothing says whose fault it was; those who wait go on."""
+        return [self._fail(request, error) for request in list(self.scheduler.running)]
 
     def forget_prefixes(self) -> None:
         """Let no new request find blocks of before: the model's weights changed."""
@@ -226,18 +232,23 @@ class Engine:
         size = self.settings.block_size
         return request.status is Status.RUNNING and (not request.has_ended or request.computed // size > start // size)
 
-    def _follow(self, drafter: Drafter, news: list[News], computed: Computed) -> None:
+    def _follow(self, drafter: Drafter, news: list[News], computed: Computed) -> list[Event]:
+        """Let the prediction layers see the step too. Returns the ends of answers that a fault in them cost."""
         try:
             drafter.follow(news, computed.hidden)
         except BaseException as error:
             # Rows of layers that stopped half-way cannot be relied on; what was drawn stays.
             self.forget_prefixes()
-            for one in news:
-                if not one.request.has_ended:
-                    self.scheduler.put_back(one.request)
-            if not isinstance(error, torch.OutOfMemoryError):
+            going_on = [one for one in news if not one.request.has_ended]
+            for one in going_on:
+                self.scheduler.put_back(one.request)
+            if isinstance(error, torch.OutOfMemoryError):
+                self._make_room(error)
+            elif isinstance(error, Exception) and not isinstance(error, torch.AcceleratorError):
+                return [self._fail(one.request, error) for one in going_on]
+            else:
                 raise
-            self._make_room(error)
+        return []
 
     def _make_room(self, error: torch.OutOfMemoryError) -> None:
         """What the step did not keep is left to smaller ones."""
@@ -295,7 +306,7 @@ class Engine:
         return Event(request.id, tuple(request.completion.token_ids[before:]), answer.news(), request.completion)
 
     def _fail(self, request: Request, error: Exception) -> Event:
-        """A request whose answer cannot be written, by a fault in a tokenizer or a form: the others go on."""
+        """End a request whose answer cannot be computed or written, by a fault in a model, a tokenizer or a form."""
         logger.error("engine: request %d failed", request.id, exc_info=error)
         completion = request.completion
         completion.finish_reason, completion.error = "error", f"{type(error).__name__}: {error}"

@@ -45,6 +45,7 @@ from benthic.serve.messages import (
 )
 from benthic.serve.refusal import Refusal, unavailable, wrong
 
+ENGINE = ("-m", "benthic.serve.engine_process")
 LONGEST_PAUSE = 30.0
 STEADY_SECONDS = 60.0
 """An engine that ran this long and then failed is started again at once."""
@@ -277,7 +278,7 @@ def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
     """A fresh interpreter, in a session of its own: what a terminal sends to the server does not reach it."""
     descriptor = theirs.fileno()
     # -P: a folder that the server happens to be started in gives no modules.
-    command = [sys.executable, "-P", "-m", "benthic.serve.engine_process", str(descriptor)]
+    command = [sys.executable, "-P", *ENGINE, str(descriptor)]
     try:
         return subprocess.Popen(
             command,

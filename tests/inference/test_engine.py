@@ -278,6 +278,30 @@ def test_a_fault_while_an_answer_is_written_costs_that_answer_alone(make_engine,
     assert [one.token_ids for one in (first, last)] == [list(generate(model, [n], GREEDY)) for n in (1, 3)]
 
 
+@pytest.mark.parametrize("place", ["paged_states", "paged_prediction"])
+def test_a_step_that_fails_can_cost_its_answers_alone(place, make_engine, monkeypatch):
+    model = randomised(tiny(**CONFIGS["v3"]))
+    engine = make_engine(model, True, block_size=4, num_blocks=40, max_sequences=2, max_step_tokens=4)
+    ids = [engine.add_request(prompt, GREEDY)[0] for prompt in ([1, 2], [3, 4, 5, 6, 7, 8], [9])]
+    engine.step()
+
+    def faulty(*arguments):
+        raise ValueError("no such weight")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, place, faulty)
+        try:
+            events = engine.step()
+        except ValueError as error:
+            events = engine.fail_running(error)
+    assert [event.request_id for event in events] == ids[:2]
+    assert {event.completion.error for event in events} == {"ValueError: no such weight"}
+    ends = []
+    while engine.has_work:
+        ends += [event.completion for event in engine.step() if event.completion.finish_reason]
+    assert [one.token_ids for one in ends] == [list(generate(model, [9], GREEDY))]
+
+
 def test_routed_experts_are_those_of_the_whole_sequence(make_engine):
     config = tiny(**CONFIGS["v3"])
     model, prompts = randomised(config), prompts_of(config, [20, 6])
