@@ -87,7 +87,7 @@ def test_any_pieces_of_a_text_give_the_same_items_and_the_events_tell_them_all(d
 )
 def test_an_answer_of_nothing_is_a_message_and_a_blank_behind_a_call_is_none(parts, kinds):
     items, _ = built([parts], "incomplete")
-    assert [one.type for one in items] == kinds
+    assert [one["type"] for one in plain(items)] == kinds
     assert items[-1].status == "incomplete"
 
 
