@@ -13,9 +13,7 @@ from torch import Tensor
 BLOCK = 64
 
 
-def sort_by_expert(
-    experts: Tensor, num_experts: int, count: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(experts: Tensor, num_experts: int, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """experts int64 [T, K] -> tokens int64 [count] (None: T K, of which those past the last end are not written),
     places int64 [T, K], ends int32 [num_experts]; stable."""
     experts = experts.contiguous()

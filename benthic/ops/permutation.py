@@ -27,9 +27,7 @@ class Permutation(NamedTuple):
     ends: Int32[Tensor, " experts"]
 
 
-def sort_by_expert(
-    experts: Int64[Tensor, "tokens chosen"], num_experts: int, count: int | None = None
-) -> Permutation:
+def sort_by_expert(experts: Int64[Tensor, "tokens chosen"], num_experts: int, count: int | None = None) -> Permutation:
     """The stable order of choices by expert; the last of `ends` is `count`, the choices that name an expert.
 
     Without `count` there are T K rows. Where a choice is -1 those past the last end mean nothing: `first_rows` cuts
@@ -61,9 +59,9 @@ def by_row(values: Float[Tensor, "tokens chosen"], permutation: Permutation) -> 
     """Each choice's number at the row of that choice."""
     count, places = len(permutation.tokens), permutation.places.flatten()
     if count == len(places):
-        return values.new_empty(count).scatter(0, places, values.flatten())
+        return values.new_empty(count).scatter_(0, places, values.flatten())
     # -1 is one past the last.
-    return values.new_empty(count + 1).scatter(0, places.remainder(count + 1), values.flatten())[:count]
+    return values.new_empty(count + 1).scatter_(0, places.remainder(count + 1), values.flatten())[:count]
 
 
 def by_choice(values: Float[Tensor, " rows"], places: Int64[Tensor, "tokens chosen"]) -> Float[Tensor, "tokens chosen"]:

@@ -1,9 +1,9 @@
 """Expert exchange: a token's row to the ranks that hold its experts, and what they make of it back.
 
-A row goes once to each rank that holds any of a token's experts, however many (DeepSeek-V3, section 3.2.2, sends it once
-to a node), and one sum comes back from each. Rows are sorted by rank, so that what goes to one is one piece. How long
-the pieces are is told first, by a small all-to-all; then rows travel by all_to_all_single with uneven splits, and their
-gradients the other way. Received rows stand source by source. Nothing is padded and nothing dropped.
+A row goes once to each rank that holds any of a token's experts, however many (DeepSeek-V3, section 3.2.2, sends it
+once to a node), and one sum comes back from each. Rows are sorted by rank, so that what goes to one is one piece. How
+long the pieces are is told first, by a small all-to-all; then rows travel by all_to_all_single with uneven splits, and
+their gradients the other way. Received rows stand source by source. Nothing is padded and nothing dropped.
 """
 
 from __future__ import annotations

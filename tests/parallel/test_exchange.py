@@ -1,5 +1,5 @@
-"""The exchange alone: an expert layer spread over ranks gives the outputs and gradients of one process, and a token's row
-goes once to each rank."""
+"""The exchange alone: an expert layer spread over ranks gives the outputs and gradients of one process, and a token's
+row goes once to each rank."""
 
 import pytest
 import torch
@@ -103,12 +103,12 @@ def test_a_row_goes_once_to_each_of_a_tokens_ranks():
     """To two ranks where six experts are chosen: a third of the bytes of a row for each choice."""
     ranks = on_ranks(4, bytes_given)
     row, choices = 4 * CONFIG.hidden_size, 4 * 2 * CONFIG.num_experts_per_tok
-    for given, tokens in ranks:
-        told, of_choices, rows, *_ = given
+    for messages, tokens in ranks:
+        told, of_choices, rows, *_ = messages
         assert (told, of_choices, rows) == (4 * 2 * 8, 2 * tokens * choices, 2 * tokens * row)
-        assert len(given) == 7
+        assert len(messages) == 7
     # What comes home, and in backward what goes and comes, is as much over all ranks.
-    total = sum(sum(given[3:]) for given, _ in ranks)
+    total = sum(sum(messages[3:]) for messages, _ in ranks)
     assert total == sum(2 * tokens * (3 * row + choices) for _, tokens in ranks)
 
 

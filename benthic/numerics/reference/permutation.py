@@ -1,4 +1,4 @@
-"""Tokens brought into the order of their experts, and back, in plain torch. A choice of -1 is none, and its place -1."""
+"""Tokens brought into the order of their experts, and back, in plain torch. A choice of -1 is none, its place -1."""
 
 from __future__ import annotations
 
