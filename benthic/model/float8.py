@@ -172,7 +172,8 @@ class Float8Experts(Experts):
     ) -> Float[Tensor, "tokens width"]:
         weights = self.gate_up_proj, self.down_proj
         gate_up, down = self.copies.of(weights[0]), self.down_copies.of(weights[1])
-        return float8.routed_experts_fp8(x, routing.experts, routing.weights, weights, gate_up, down, rows, residual)
+        choices = routing.experts, routing.weights
+        return float8.routed_experts_fp8(x, *choices, weights, gate_up, down, rows, residual, routing.count)
 
 
 class Float8ExpertLayer(ExpertLayer):

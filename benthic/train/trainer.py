@@ -152,14 +152,7 @@ class Trainer:
                 f"the loss on held-out text is {found.loss} after update {self.step}, though every update was finite",
                 hint="the state saved before is intact; start a new run with a lower optimizer.learning_rate",
             )
-        row: dict[str, Any] = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "val_loss": found.loss,
-            "bits_per_byte": found.bits_per_byte,
-            "mtp_acceptance": found.acceptance,
-            "max_violation_global": found.max_violation,
-        }
+        row: dict[str, Any] = {"step": self.step, "tokens": self.tokens} | found.row()
         if self.average is not None:
             with self.average.installed(self.model):
                 averaged = self._validation(max_tokens)
@@ -169,13 +162,7 @@ class Trainer:
         if found.loss < self.best.get("val_loss", float("inf")):
             self.best = {"step": self.step, "val_loss": found.loss}
         best = "" if self.best["step"] == self.step else f"  (best {self.best['val_loss']:.3f} at {self.best['step']})"
-        shares = enumerate(found.acceptance, start=1)
-        accepted = "".join(f"  prediction {depth} accepted {share:.1%}" for depth, share in shares)
-        balance = "" if found.max_violation is None else f"  MaxVio {found.max_violation:.2f}"
-        display.note(
-            f"validation at step {self.step}: loss {found.loss:.3f}, {found.bits_per_byte:.3f} bits per byte"
-            f"{accepted}{balance}{best}"
-        )
+        display.note(f"validation at step {self.step}: {found}{best}")
 
     def _validation(self, max_tokens: int | None) -> Validation:
         config = self.config

@@ -1,4 +1,4 @@
-"""Tensors with an element 2^31 elements and more from the first: the same results, bit for bit, as side by side.
+"""Tensors of which an element lies 2^31 elements and more from the first: the same results, bit for bit, as others.
 
 The memory between the few elements in use is asked for and never touched, so that it costs nothing. An offset that
 wraps around lands in the half before them, in zeros.
