@@ -24,16 +24,20 @@ LONGEST_ERROR = 65536
 
 class Remote:
     """One model of the server at `url`, with or without its /v1; the only one it has where `model` is None.
+    `names` are all that it has.
 
     Raises ConfigError for a wrong address, RequestError where the server cannot be used.
     """
 
     def __init__(self, url: str, key: str | None = None, model: str | None = None) -> None:
-        self.url, self._parts = url, _checked(url)
+        self.url, self._parts = url, server_address(url)
         self._headers = {"content-type": "application/json", "user-agent": f"benthic/{__version__}"}
         if key is not None:
             self._headers["authorization"] = f"Bearer {key}"
-        self.model = self._choose(model)
+        self.names = self._list()
+        if model is None and len(self.names) != 1:
+            raise ConfigError(f"{url} has {len(self.names)} models: {', '.join(self.names)}", hint="--model names one")
+        self.model = self.names[0] if model is None else model
 
     def chat(
         self, messages: Sequence[dict[str, str]], parameters: dict[str, Any]
@@ -48,16 +52,13 @@ class Remote:
             for event in self._events(response):
                 yield from _parts(event)
 
-    def _choose(self, model: str | None) -> str:
+    def _list(self) -> list[str]:
         with closing(self._open()) as connection, closing(self._send(connection, "GET", "/v1/models")) as response:
             body = self._read(response)
         try:
-            names = [str(one["id"]) for one in json.loads(body)["data"]]
+            return [str(one["id"]) for one in json.loads(body)["data"]]
         except (ValueError, KeyError, TypeError):
             raise RequestError(f"{self.url} lists its models in no way that OpenAI's clients know") from None
-        if model is None and len(names) != 1:
-            raise ConfigError(f"{self.url} has {len(names)} models: {', '.join(names)}", hint="--model names one")
-        return names[0] if model is None else model
 
     def _open(self) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
@@ -144,12 +145,13 @@ class Remote:
         )
 
 
-def _checked(url: str) -> SplitResult:
+def server_address(url: str) -> SplitResult:
+    """The parts of a server's address. Raises ConfigError."""
     try:
         parts = urlsplit(url)
         found = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        found = False
+        parts, found = urlsplit(""), False
     if not found:
         raise ConfigError(f"--url {url!r} is no address of a server", hint="such as http://127.0.0.1:8000")
     if parts.username is not None or parts.query or parts.fragment:
