@@ -41,7 +41,7 @@ class Workload(Settings):
     temperature: float = Field(0.0, ge=0)
     warm_up: int = Field(1, ge=0)
     request_seconds: float = Field(600.0, gt=0)
-    goodput: dict[str, float] = {}
+    goodput: dict[str, float] = Field(default_factory=dict)
     seed: int = Field(0, ge=0)
 
     @field_validator("goodput")
@@ -129,7 +129,7 @@ def _vocabulary(workload: Workload) -> int:
         return ModelConfig.from_pretrained(workload.model).vocab_size
     except ConfigError as error:
         raise ConfigError(
-            f"--model {workload.model!r} is neither a folder nor a preset, so its vocabulary is unknown: {error.message}",
+            f"the vocabulary of --model {workload.model!r} is unknown, as it is no folder or preset: {error.message}",
             hint="give --vocabulary: prompts are made of token ids below it",
         ) from None
 
