@@ -1,8 +1,8 @@
 """What a server adds to its engine: `python -m benchmarks.server_overhead --model FOLDER --clients 32`.
 
 The same requests go to an engine alone, in a process of its own, and through `benthic serve` to as many streaming
-clients, in turn, for several rounds. All prompts are new in every round; greedy answers of exact length. The overhead of
-a streamed token is the difference of the wall times over the tokens; beside it stands the processor time that the
+clients, in turn, for several rounds. All prompts are new in every round; greedy answers of exact length. The overhead
+of a streamed token is the difference of the wall times over the tokens; beside it stands the processor time that the
 server's process spent on a token, and the clients' own, which on a small machine comes out of the same cores.
 """
 
