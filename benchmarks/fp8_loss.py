@@ -6,7 +6,9 @@
 The model has DeepSeek-V3's parts (latent attention with compressed queries, 1 shared and 48 routed experts, sigmoid
 router whose bias evens the load) and 0.56 B parameters; the text is this Python's standard library or, larger, any
 folder of text. Losses are smoothed as the paper smooths its own (arXiv:2412.19437, section B.1: an exponential average
-of 0.9), and the difference is relative to bfloat16. `blocks` is the paper's warning (section B.2): FP8 whose gradients
+of 0.9), and the difference is relative to bfloat16. The learning rate is V2-Lite's (4.2e-4) and falls as V3's does, to
+0.03 of its peak: at a constant 6e-4, two bfloat16 runs that differ by one bit were 0.8% apart after 1,050 updates of
+16 sequences, more than FP8 was from either. `blocks` is the paper's warning (section B.2): FP8 whose gradients
 are quantised by 128 x 128 instead of 1 x 128; it exists here alone. `again` is bfloat16 with one first weight moved by
 one bit: how far two runs come apart by chance.
 
@@ -89,7 +91,8 @@ def model_config(size: str) -> ModelConfig:
 def train_config(options: argparse.Namespace, compute: str) -> TrainConfig:
     """The run of an arm; nothing but `compute` differs."""
     model = model_config(options.size)
-    warm_up = Phase(shape="linear", until=min(100, options.steps), unit="steps")
+    warm_up = Phase(shape="linear", until=min(100, options.steps / 2), unit="steps")
+    decay = Phase(shape="cosine", until=options.steps, unit="steps", factor=0.03)
     return TrainConfig(
         name="fp8-loss",
         model=model,
@@ -102,7 +105,7 @@ def train_config(options: argparse.Namespace, compute: str) -> TrainConfig:
             tokenizer_training_bytes=20_000_000,
         ),
         steps=options.steps,
-        optimizer=OptimizerConfig(learning_rate=Schedule(peak=6e-4, start=0.0, phases=(warm_up,))),
+        optimizer=OptimizerConfig(learning_rate=Schedule(peak=4.2e-4, start=0.0, phases=(warm_up, decay))),
         batch=BatchConfig(sequences=Schedule(peak=options.batch), micro_sequences=options.batch),
         precision=PrecisionConfig(compute=compute),
     )
@@ -159,7 +162,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--block-steps", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=540, help="no arm goes on after so many")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--size", default="half-billion", choices=tuple(SIZES))
     parser.add_argument("--text", default="stdlib", help="stdlib, procedural, or a folder of .py, .md, .txt and .rst")
