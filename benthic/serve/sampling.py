@@ -71,9 +71,10 @@ def _max_tokens(request: Drawing, prompt_tokens: int, ready: Ready) -> int:
     name, asked = _token_limit(request)
     room = ready.longest - prompt_tokens
     if room < 1 or (asked or 1) > room:
-        wanted = "" if asked is None else f" and {name} {asked}"
-        raise wrong(
-            f"{prompt_tokens} prompt tokens{wanted} exceed the longest context of {ready.longest} tokens",
+        wanted = "" if asked is None else f", and {name} is {asked}"
+        raise wrong(  # in OpenAI's words, by which clients tell this error from others
+            f"This model's maximum context length is {ready.longest} tokens. However, the prompt has {prompt_tokens}"
+            f"{wanted}.",
             _PROMPTS[type(request)],
             "context_length_exceeded",
         )

@@ -28,7 +28,7 @@ END_OF_THOUGHT, BEGIN_CALLS = (
 )
 
 
-def save_marked(path, template):
+def save_marked(path, template, positions=4096):
     """A model whose tokenizer knows the marks of thought and of calls."""
     trained = trained_tokenizer()
     definition = json.loads(trained.definition)
@@ -38,7 +38,11 @@ def save_marked(path, template):
     ]
     tokenizer = Tokenizer(json.dumps(definition), trained.config, {"default": TEMPLATES[template]})
     config = tiny(
-        **CONFIGS["v3"], vocab_size=tokenizer.vocab_size, dtype="float32", max_position_embeddings=4096, eos_token_id=1
+        **CONFIGS["v3"],
+        vocab_size=tokenizer.vocab_size,
+        dtype="float32",
+        max_position_embeddings=positions,
+        eos_token_id=1,
     )
     save_model(randomised(config), path, weights="fp32")
     tokenizer.save(path)

@@ -180,6 +180,10 @@ def test_the_longest_context_is_exact(server, tokens):
 def test_a_prompt_that_leaves_no_room_is_told_so(server):
     for prompt in ([5] * 2048, [5] * 2049, "a b" * 9000):
         assert_refused(post(server, PLAIN, {"prompt": prompt}), 400, "prompt", "context_length_exceeded")
+    message = post(server, PLAIN, {"prompt": [5] * 2040, "max_tokens": 9})[1]["error"]["message"]
+    assert message == (
+        "This model's maximum context length is 2048 tokens. However, the prompt has 2040, and max_tokens is 9."
+    )
     long = [{"role": "user", "content": "a b" * 9000}]
     assert_refused(post(server, CHAT, {"messages": long}), 400, "messages", "context_length_exceeded")
     assert_refused(
