@@ -28,7 +28,7 @@ def event(content: bytes, name: str = "") -> bytes:
 class EventStream:
     """An ASGI response. `end` is called when all is sent, and when the client leaves or does not read.
 
-    A Refusal on the way is the last event but `done`: the status was sent long ago.
+    A Refusal on the way is the last event but `done`, and so is whatever else fails: the status was sent long ago.
     """
 
     def __init__(
@@ -60,6 +60,12 @@ class EventStream:
             last = self._done
         except Refusal as refusal:
             last = event(refusal.body) + self._done
+        except ClientDisconnect:
+            raise
+        except Exception:
+            logger.exception("server: a stream failed")
+            failure = Refusal(500, "the server failed to answer", "server_error", code="internal_error")
+            last = event(failure.body) + self._done
         await self._send(send, {"type": "http.response.body", "body": last, "more_body": False})
 
     async def _send(self, send: Send, message: Message) -> None:

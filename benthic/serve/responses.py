@@ -53,7 +53,7 @@ async def responses(request: Request, service: Service) -> ASGIApp:
         thinking_of(tokenizer, reasoning.effort, param="reasoning.effort"),
     )
     begun = await begin(request, service, asked, question)
-    job = _Job(asked, service, begun, question)
+    job = ResponseJob(asked, service, begun, question)
     if asked.stream:
         return EventStream(job.events(begun.generation), begun.generation.end, limits, done=b"")
     try:
@@ -74,7 +74,7 @@ async def kept_response(request: Request, service: Service) -> HttpResponse:
     )
 
 
-class _Job:
+class ResponseJob:
     """What is told of one response."""
 
     def __init__(self, asked: ResponsesRequest, service: Service, begun: Begun, question: Question) -> None:

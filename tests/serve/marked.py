@@ -23,7 +23,9 @@ def trained_tokenizer():
     return train_tokenizer(["def add(first, second):\n    return first + second\n" * 20], 300)
 
 
-END_OF_THOUGHT = str(trained_tokenizer().vocab_size + MARKS.index("</think>"))
+END_OF_THOUGHT, BEGIN_CALLS = (
+    str(trained_tokenizer().vocab_size + MARKS.index(one)) for one in ("</think>", V31.begin)
+)
 
 
 def save_marked(path, template, positions=4096):

@@ -13,6 +13,10 @@ from benthic.config.serve import ServeConfig
 from benthic.serve.app import ENDPOINTS
 from benthic.serve.openapi import openapi
 from benthic.text import Tokenizer
+from tests.model.configs import CONFIGS, tiny
+
+CONFIG = tiny(**CONFIGS["v3"])
+EXPERTS, CHOSEN = CONFIG.n_routed_experts, CONFIG.num_experts_per_tok
 
 
 def get(server, path):
@@ -47,6 +51,19 @@ def test_metrics_are_prometheus_s_and_count(server):
     server.wait_for(lambda: server.metric("vllm:generation_tokens_total") == before + 7)
     names = {family.name for family in text_string_to_metric_families(get(server, "/metrics"))}
     assert {"vllm:num_requests_running", "vllm:time_to_first_token_seconds", "vllm:request_success"} <= names
+
+
+def test_metrics_tell_the_load_of_experts_by_layer_the_cache_and_the_drafts(server):
+    post(server, "/v1/completions", prompt=["def", "add"], max_tokens=200, ignore_eos=True)
+    server.wait_for(lambda: server.metric("benthic:expert_load_max_over_mean") > 0)
+    families = {family.name: family for family in text_string_to_metric_families(get(server, "/metrics"))}
+    loads = families["benthic:expert_load_max_over_mean"].samples
+    layers = [sample.labels["layer"] for sample in loads]
+    assert layers == [sample.labels["layer"] for sample in families["benthic:experts_unused"].samples] != []
+    assert all(1 <= sample.value <= EXPERTS / CHOSEN for sample in loads)
+    assert {"vllm:kv_cache_usage_perc", "vllm:spec_decode_num_accepted_tokens", "vllm:prefix_cache_hits"} <= set(
+        families
+    )
 
 
 def test_health_tells_the_age_of_the_engine_s_last_word(server):
