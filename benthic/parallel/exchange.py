@@ -45,15 +45,21 @@ class Agreement:
         self._group, self._counts, self._arriving = group, counts, torch.empty_like(counts)
         self._told: torch.cuda.Event | None = None
         if not counts.is_cuda:
-            self._work = dist.all_to_all_single(self._arriving, counts, group=group, async_op=True)
+            self._work = self._tell()
             return
         stream = _telling(counts.device)
         stream.wait_stream(torch.cuda.current_stream(counts.device))
         with torch.cuda.stream(stream):
-            dist.all_to_all_single(self._arriving, counts, group=group, async_op=True).wait()
+            self._tell().wait()
             self._numbers = torch.stack((counts, self._arriving)).to("cpu", non_blocking=True)
             self._told = torch.cuda.Event()
             self._told.record(stream)
+
+    def _tell(self) -> dist.Work:
+        work = dist.all_to_all_single(self._arriving, self._counts, group=self._group, async_op=True)
+        if work is None:
+            raise RuntimeError("this process is no rank of the group that exchanges rows")
+        return work
 
     def splits(self) -> Splits:
         """Wait until all have told."""
