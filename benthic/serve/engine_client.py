@@ -30,6 +30,8 @@ from benthic.serve.messages import (
     Counts,
     Delta,
     Fatal,
+    LayerLoad,
+    Loads,
     Order,
     Ready,
     Refused,
@@ -84,6 +86,7 @@ class EngineClient:
         self.state = State.LOADING
         self.ready: Ready | None = None
         self.counts = Counts()
+        self.loads: list[LayerLoad] = []
         self.totals = Totals()
         self.failure = ""
         self.mean_seconds = 1.0
@@ -208,6 +211,8 @@ class EngineClient:
                 for delta in report.deltas:
                     self._deliver(delta)
                 self.counts = report.counts
+            case Loads():
+                self.loads = report.layers
             case Added():
                 self._settle(report.request, None)
             case Refused():
@@ -256,7 +261,7 @@ class EngineClient:
             one.mailbox.fail(failure)
             self._forget(number)
         self.totals.counts = _sum(self.totals.counts, self.counts)
-        self.counts = Counts()
+        self.counts, self.loads = Counts(), []
 
     def _send(self, order: Order) -> None:
         if self._writer is not None and not self._writer.is_closing():

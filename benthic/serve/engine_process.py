@@ -34,6 +34,8 @@ from benthic.serve.messages import (
     Delta,
     Fatal,
     Finish,
+    LayerLoad,
+    Loads,
     Order,
     PromptLogprobs,
     Ready,
@@ -47,6 +49,7 @@ from benthic.serve.messages import (
 )
 
 HEARTBEAT_SECONDS = 0.5
+LOADS_SECONDS = 2.0
 FAULTS_IN_A_ROW = 3
 """Steps that fail one after another tell of an engine that is broken, and not of requests."""
 UNSENT_REPORTS = 256
@@ -104,7 +107,7 @@ class Served:
 
     def run(self) -> None:
         """Orders between steps, for ever."""
-        last = time.monotonic()
+        last = looked = time.monotonic()
         while True:
             self._obey(wait=not self._engine.has_work)
             events = self._step()
@@ -112,6 +115,10 @@ class Served:
             if events or now - last > HEARTBEAT_SECONDS:
                 self._channel.send(Step([self._delta(event) for event in events], self._counts()))
                 last = now
+            if now - looked > LOADS_SECONDS:
+                if loads := self._engine.expert_load.take():
+                    self._channel.send(Loads([LayerLoad(*one) for one in loads]))
+                looked = now
 
     def _step(self) -> list[Event]:
         """What a step added. One that fails costs the answers in it; a device that fails, and the same again and again,

@@ -19,19 +19,22 @@ PING = b": ping\n\n"
 PING_SECONDS = 15.0
 
 
-def event(content: bytes) -> bytes:
-    """One JSON object as an event."""
-    return b"data: " + content + b"\n\n"
+def event(content: bytes, name: str = "") -> bytes:
+    """One JSON object as an event, with a name where it has one."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + content + b"\n\n"
 
 
 class EventStream:
     """An ASGI response. `end` is called when all is sent, and when the client leaves or does not read.
 
-    A Refusal on the way is the last event but [DONE], and so is whatever else fails: the status was sent long ago.
+    A Refusal on the way is the last event but `done`, and so is whatever else fails: the status was sent long ago.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], end: Callable[[], None], limits: Limits) -> None:
-        self._events, self._end, self._limits = events, end, limits
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], end: Callable[[], None], limits: Limits, done: bytes = DONE
+    ) -> None:
+        self._events, self._end, self._limits, self._done = events, end, limits, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
@@ -54,14 +57,15 @@ class EventStream:
         try:
             async for content in _with_pings(self._events):
                 await self._send(send, {"type": "http.response.body", "body": content, "more_body": True})
-            last = DONE
+            last = self._done
         except Refusal as refusal:
-            last = event(refusal.body) + DONE
+            last = event(refusal.body) + self._done
         except ClientDisconnect:
             raise
         except Exception:
             logger.exception("server: a stream failed")
-            last = event(Refusal(500, "the server failed to answer", "server_error", code="internal_error").body) + DONE
+            failure = Refusal(500, "the server failed to answer", "server_error", code="internal_error")
+            last = event(failure.body) + self._done
         await self._send(send, {"type": "http.response.body", "body": last, "more_body": False})
 
     async def _send(self, send: Send, message: Message) -> None:

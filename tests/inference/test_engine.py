@@ -145,12 +145,33 @@ def test_a_prefix_found_in_the_cache_changes_nothing_but_the_work(make_engine):
     (other,) = engine.generate([[*beginning, 2, 3]], GREEDY)
     (longer,) = engine.generate([[*beginning, 1, *first.token_ids, 5]], GREEDY)
     assert (first.cached_tokens, again.cached_tokens, other.cached_tokens) == (0, 20, 20)
-    # Rows of the last step of an answer are not offered to others.
-    assert longer.cached_tokens == 28
+    # An answer's own rows are found too: all but its last token's, which no step computed.
+    assert longer.cached_tokens == 32
     assert again.token_ids == first.token_ids
     assert_close(torch.tensor(again.logprobs), torch.tensor(first.logprobs), "model_fp32")
     for one in (other, longer):
         assert one.token_ids == list(generate(model, one.prompt_token_ids, GREEDY))
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_an_answer_of_one_token_leaves_its_prompt_for_others_to_find(speculative, make_engine):
+    config = tiny(**CONFIGS["v3"])
+    model, (prompt,) = randomised(config), prompts_of(config, [20])
+    engine = make_engine(model, speculative, block_size=4, num_blocks=60)
+    (first,) = engine.generate([prompt], GREEDY.replace(max_tokens=1))
+    (again,) = engine.generate([[*prompt, 5]], GREEDY)
+    assert (first.cached_tokens, again.cached_tokens) == (0, 20)
+    assert again.token_ids == list(generate(model, [*prompt, 5], GREEDY))
+
+
+def test_a_failed_answer_leaves_nothing_for_others_to_find(make_engine):
+    model = randomised(tiny(**CONFIGS["v3"]))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = torch.nan
+    engine = make_engine(model, True, block_size=4, num_blocks=20)
+    for _ in range(2):
+        (broken,) = engine.generate([[9] * 13], GREEDY)
+        assert (broken.finish_reason, broken.cached_tokens) == ("error", 0)
 
 
 def test_prompts_of_different_salts_share_nothing(make_engine):
