@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benthic.cli.engine_options import Parser, add_engine_options
-from benthic.config.engine import EngineConfig
+from benthic.cli.engine_options import Parser, add_engine_options, engine_settings
 from benthic.config.model import ModelConfig
 from benthic.config.serve import Limits, ServeConfig
 from benthic.errors import ConfigError
@@ -61,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
     model = ModelConfig.from_pretrained(options.folder)
     tokenizer = Tokenizer.from_folder(options.folder)
-    engine = EngineConfig(**_given(options, {name: name for name in _ENGINE}))
+    engine = engine_settings(options, _ENGINE)
     config = ServeConfig(
         host=options.host,
         port=options.port,

@@ -31,6 +31,7 @@ from benthic.inference.speculation import Drafter, News
 from benthic.inference.statistics import Statistics
 from benthic.log import logger
 from benthic.model import LanguageModel
+from benthic.model.float8_storage import store_in_float8
 from benthic.model.sampling import SamplingParams
 from benthic.text import Tokenizer
 from benthic.text.tokenizer import TOKENIZER_FILE
@@ -40,7 +41,7 @@ class Engine:
     """Text from the model of a published folder, or from a model in memory with its tokenizer.
 
     `speculative` drafts tokens with the model's prediction layers; a model without them decodes plainly, and the log
-    says so. Answers are the same either way.
+    says so. Answers are the same either way. A model in memory whose weights are to be FP8 is changed in place.
     """
 
     def __init__(
@@ -53,13 +54,15 @@ class Engine:
         settings: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
+        self.settings = settings or EngineConfig()
         if not isinstance(model, LanguageModel):
             folder = Path(model)
             if tokenizer is None and (folder / TOKENIZER_FILE).is_file():
                 tokenizer = Tokenizer.from_folder(folder)
-            model = load_model(folder, device, dtype)
+            model = load_model(folder, device, dtype, weights=self.settings.weights)
+        elif self.settings.weights == "float8":
+            store_in_float8(model)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.settings = settings or EngineConfig()
         self._draft_tokens = self._choose_draft_tokens(speculative)
         weight, drafts = model.head_weight, self._draft_tokens
         blocks = num_blocks(model.config, self.settings, weight.device, weight.dtype, bool(drafts))
