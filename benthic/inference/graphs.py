@@ -52,8 +52,8 @@ class Graphs:
         blocks = max(_LEAST_BLOCKS, 1 << (max(len(stretch.blocks) for stretch in stretches) - 1).bit_length())
         size = (rows, sequences, blocks)
         if size not in self._captured:
-            width = None if known is None else known.shape[1]
-            inputs = _Inputs(size, self._pools, self._block_size, self._first, width)
+            states = None if known is None else known.new_zeros(rows, known.shape[1])
+            inputs = _Inputs(size, self._pools, self._block_size, self._first, states)
             inputs.fill(stretches, known)
             self._captured[size] = _Captured(self._call, inputs, self._memory)
         captured = self._captured[size]
@@ -66,7 +66,7 @@ class _Inputs:
     """The tensors that a captured call reads, and what they were last filled with."""
 
     def __init__(
-        self, size: tuple[int, int, int], pools: Sequence[Tensor], block_size: int, first: int, width: int | None
+        self, size: tuple[int, int, int], pools: Sequence[Tensor], block_size: int, first: int, known: Tensor | None
     ) -> None:
         rows, sequences, blocks = size
         device, self._block_size = pools[0].device, block_size
@@ -76,7 +76,7 @@ class _Inputs:
         self._tables = torch.zeros(sequences, blocks, dtype=torch.int32, device=device)
         self._host_tables = np.zeros((sequences, blocks), np.int32)
         self._filled: list[tuple[Sequence[int], int]] = [((), 0)] * sequences
-        self.known = None if width is None else torch.zeros(rows, width, dtype=pools[0].dtype, device=device)
+        self.known = known
         self.tokens = self._tokens[0, :rows]
         self.pages = Pages(
             pools=pools,

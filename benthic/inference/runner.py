@@ -16,7 +16,7 @@ from benthic.inference.batch import Stretch, bounds_of, lay_out
 from benthic.inference.graphs import Graphs, suits
 from benthic.inference.scheduler import Work
 from benthic.model import LanguageModel, States
-from benthic.model.pages import Pages, make_pools
+from benthic.model.pages import Pages, make_pools, row_format
 from benthic.ops.route import Routing
 
 
@@ -38,7 +38,8 @@ class Runner:
         self.device, self.dtype = model.head_weight.device, model.head_weight.dtype
         self.num_predictions = model.config.num_nextn_predict_layers if use_predictions else 0
         layers = model.config.num_hidden_layers + self.num_predictions
-        self.pools = make_pools(model.config, num_blocks, settings.block_size, self.device, self.dtype, layers)
+        row = row_format(model.config, self.dtype, self.device, settings.cache)
+        self.pools = make_pools(row, num_blocks, settings.block_size, self.device, layers)
         self._graphs = self._capturable() if self.device.type == "cuda" and settings.cuda_graphs else []
 
     def compute(self, works: Sequence[Work]) -> Computed:

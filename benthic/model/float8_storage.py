@@ -118,8 +118,10 @@ def _why_kept(row: Parameter) -> str | None:
 
 
 def _store(module: nn.Module, name: str) -> None:
-    """Swap one parameter for values and factors."""
+    """Swap one parameter for values and factors, unless it was."""
     weight = getattr(module, name).detach()
+    if weight.dtype == FLOAT8:
+        return
     if weight.is_meta:
         shape = (*weight.shape[:-2], *(-(-size // unit) for size, unit in zip(weight.shape[-2:], BLOCK, strict=True)))
         values, scales = torch.empty_like(weight, dtype=FLOAT8), weight.new_empty(shape, dtype=torch.float32)

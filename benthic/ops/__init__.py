@@ -8,7 +8,13 @@ from benthic.ops.float8_storage import experts_from_float8, linear_from_float8
 from benthic.ops.latent_heads import latent_heads
 from benthic.ops.linear_cross_entropy import linear_cross_entropy
 from benthic.ops.norm import add_rms_norm, rms_norm
-from benthic.ops.paged_attention import absorbed_paged_attention, gather_rows, paged_attention, write_rows
+from benthic.ops.paged_attention import (
+    absorbed_paged_attention,
+    gather_latents,
+    gather_rows,
+    paged_attention,
+    write_rows,
+)
 from benthic.ops.rotary import RotaryTable, rotary
 from benthic.ops.route import Routing, route, router_logits
 from benthic.ops.swiglu import swiglu
@@ -24,10 +30,11 @@ __all__ = [
     "document_mask",
     "experts_from_float8",
     "few_token_experts",
+    "gather_latents",
     "gather_rows",
     "latent_heads",
-    "linear_from_float8",
     "linear_cross_entropy",
+    "linear_from_float8",
     "paged_attention",
     "rms_norm",
     "rotary",

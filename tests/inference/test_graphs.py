@@ -30,7 +30,7 @@ def test_drafts_suit_a_graph_and_prompts_do_not():
 
 
 def test_added_rows_are_written_nowhere_and_see_nothing():
-    inputs = _Inputs((4, 3, 8), [torch.zeros(20, 4, 5)], 4, 0, 6)
+    inputs = _Inputs((4, 3, 8), [torch.zeros(20, 4, 5)], 4, 0, torch.zeros(4, 6))
     blocks = [[9, 3], [7]]
     inputs.fill([Stretch([11], 5, blocks[0]), Stretch([12, 13], 1, blocks[1])], torch.ones(3, 6))
     pages = inputs.pages
