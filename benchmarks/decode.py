@@ -20,10 +20,8 @@ from benthic.config import ModelConfig
 from benthic.config.engine import CacheStorage, EngineConfig, WeightStorage
 from benthic.config.settings import Settings
 from benthic.inference.drawing import Drawn
-from benthic.inference.engine import Engine
+from benthic.inference.engine import Engine, Flight
 from benthic.inference.pretrained import load_model
-from benthic.inference.runner import Computed
-from benthic.inference.scheduler import Work
 from benthic.model import LanguageModel
 from benthic.model.float8_storage import store_in_float8
 from benthic.model.sampling import SamplingParams
@@ -52,9 +50,9 @@ class PretendingEngine(Engine):
         super().__init__(*arguments, **settings)
         self._acceptance, self._dice = acceptance, random.Random(0)
 
-    def _draw(self, works: list[Work], computed: Computed) -> list[list[Drawn]]:
-        drawn = super()._draw(works, computed)
-        for (_, _, drafts), tokens in zip(works, drawn, strict=True):
+    def _draw(self, flight: Flight) -> list[list[Drawn]]:
+        drawn = super()._draw(flight)
+        for (_, _, drafts), tokens in zip(flight.works, drawn, strict=True):
             for place, draft in enumerate(drafts):
                 right = self._dice.random() < self._acceptance
                 tokens[place] = tokens[place]._replace(token=draft if right else (draft + 1) % 1000 + 10)

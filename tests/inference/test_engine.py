@@ -83,11 +83,17 @@ Schedule = st.fixed_dictionaries(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(Schedule)
 def test_any_schedule_gives_the_plain_answers_and_keeps_the_pool_whole(schedule):
+    run(schedule)
+
+
+def run(schedule, prepare=lambda engine: None):
+    """Let a fresh engine, once `prepare` has seen it, work through a schedule, and check every step and answer."""
     schedule = dict(schedule)
     requests, speculative, spare = (schedule.pop(name) for name in ("requests", "speculative", "spare"))
     # Just enough for the longest alone, and sometimes more: blocks run out often.
     blocks = -(-(12 + 12 + 4) // schedule["block_size"]) + spare
     engine = Engine(MODEL, speculative=speculative, settings=EngineConfig(num_blocks=blocks, **schedule))
+    prepare(engine)
     arrivals = sorted(enumerate(requests), key=lambda pair: pair[1][3])
     open_, answers, ends, step = {}, {}, {}, 0
     while arrivals or engine.has_work:
