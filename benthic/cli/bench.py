@@ -70,6 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--acceptance", type=float, help="pretend that this share of drafts is right: random weights' are not"
     )
+    decode.add_argument("--weights", choices=["plain", "float8"], help="float8 keeps matrices in FP8 (default plain)")
+    decode.add_argument("--cache", choices=["plain", "float8"], help="float8 keeps latents in FP8 (default plain)")
     for one in (kernels, train, decode):
         one.add_argument("--output", type=Path, metavar="FILE", help="keep the result as JSON")
         one.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -67,7 +67,8 @@ Order = Start | Add | Cancel
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The model is loaded. Texts have at most `positions` tokens."""
+    """The model is loaded. Texts have at most `positions` tokens, each `token_bytes` of cache; `dtype` is that of the
+    weights, or both where some are in float8."""
 
     vocabulary: int
     positions: int
@@ -78,6 +79,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     device: str
     dtype: str
     load_seconds: float
+    weight_bytes: int
+    token_bytes: int
 
     @property
     def longest(self) -> int:
