@@ -162,21 +162,26 @@ class Engine:
                 self.cancel(request_id)
         return mine
 
-    def add_request(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, salt: str = "") -> list[int]:
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, salt: str = "", owner: str = ""
+    ) -> list[int]:
         """The ids of the params.n answers that will come for one prompt.
 
         A smaller `priority` is served earlier. Only prompts of equal `salt` share cached blocks, so that who may not
-        see another's prompts cannot tell from the time to the first token that somebody sent them. Raises RequestError
-        for what can never be served and CapacityError when too many wait.
+        see another's prompts cannot tell from the time to the first token that somebody sent them; and where the cache
+        is full, the `owner` of most of it gives up blocks first. Raises RequestError for what can never be served and
+        CapacityError when too many wait.
         """
-        if type(priority) is not int or not isinstance(salt, str):
-            raise RequestError(f"a priority is a whole number and a salt is text, not {priority!r} and {salt!r}")
+        if type(priority) is not int or not isinstance(salt, str) or not isinstance(owner, str):
+            raise RequestError(
+                f"a priority is a whole number, a salt and an owner are text, not {priority!r}, {salt!r} and {owner!r}"
+            )
         most = self.settings.max_waiting
         if most is not None and len(self.scheduler.waiting) + params.n > most:
             raise CapacityError(
                 f"{len(self.scheduler.waiting)} requests wait already; max_waiting is {most}", hint="try again later"
             )
-        return [request.id for request in self._add(self._admission.check(prompt, params), priority, salt)]
+        return [request.id for request in self._add(self._admission.check(prompt, params), priority, salt, owner)]
 
     def cancel(self, request_id: int) -> Completion | None:
         """End a request now and free its blocks; what it has so far, or None when it is not there any more."""
@@ -371,8 +376,8 @@ class Engine:
         self._statistics.add(completion)
         return Event(request.id, (), "", completion)
 
-    def _add(self, wish: Wish, priority: int = 0, salt: str = "") -> list[Request]:
-        requests = self._admission.requests(wish, priority, salt)
+    def _add(self, wish: Wish, priority: int = 0, salt: str = "", owner: str = "") -> list[Request]:
+        requests = self._admission.requests(wish, priority, salt, owner)
         for request in requests:
             self._answers[request.id] = (request, Answer(request, self.tokenizer))
             self.scheduler.add(request)

@@ -107,7 +107,7 @@ class Scheduler:
         before, request.computed = request.computed, request.computed + tokens
         if self.config.prefix_caching:
             for block in range(before // size, request.computed // size):
-                self.pool.publish(request.blocks[block], request.digest(block, size))
+                self.pool.publish(request.blocks[block], request.digest(block, size), request.owner)
 
     def check(self) -> None:
         """Raise AssertionError unless blocks and requests agree: nothing lost, nothing held twice."""

@@ -153,7 +153,7 @@ class Served:
     def _add(self, order: Add) -> None:
         try:
             params = SamplingParams(**msgspec.structs.asdict(order.sampling))
-            ids = self._engine.add_request(order.prompt, params, salt=order.salt)
+            ids = self._engine.add_request(order.prompt, params, salt=order.salt, owner=order.owner)
         except (RequestError, ConfigError) as error:
             return self._channel.send(Refused(order.request, str(error)))
         except CapacityError as error:

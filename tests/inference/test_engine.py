@@ -446,7 +446,7 @@ def test_prompts_are_a_list(prompts, make_engine):
 
 @pytest.mark.parametrize("order", [{"priority": 0.5}, {"priority": "high"}, {"salt": None}])
 def test_an_order_of_the_wrong_type_is_refused(order, make_engine):
-    with pytest.raises(RequestError, match="a priority is a whole number and a salt is text"):
+    with pytest.raises(RequestError, match="a priority is a whole number, a salt and an owner are text"):
         make_engine(randomised(tiny(**CONFIGS["v3"])), num_blocks=4).add_request([1], GREEDY, **order)
 
 
