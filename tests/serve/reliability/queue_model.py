@@ -1,5 +1,7 @@
-"""What a queue of so many places would do, had the server nothing else to do than answer: arrivals at random, answers of
-measured length, first come first served."""
+"""What a queue of so many places would do, had the server nothing else to do than answer.
+
+Arrivals at random, answers of measured length, first come first served.
+"""
 
 from __future__ import annotations
 

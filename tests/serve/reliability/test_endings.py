@@ -141,7 +141,7 @@ def test_health_tells_of_a_step_that_hangs_and_asks_nothing_of_the_engine(start_
         assert outcome.status == 200
         server.wait_until_ready()
         server.wait_for(lambda: server.metric("vllm:num_requests_running") == 0)
-        assert server.metric("benthic:engine_steps_total") == before + 100  # noqa: B023
+        assert server.metric("benthic:engine_steps_total") == before + 100
     tell(count=count, hang_seconds=hang, silence_seconds=silence, noticed_after=seconds, probes=probes)
     assert max(seconds) < 2 * silence
     assert server.metric("benthic:engine_restarts_total") == 0
