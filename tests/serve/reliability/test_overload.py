@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from tests.serve.reliability.load import PLAIN, Outcome, ask, quantile
-from tests.serve.reliability.processes import resident_bytes
+from tests.serve.reliability.processes import processor_seconds, resident_bytes
 from tests.serve.reliability.queue_model import simulated
 
 SLOTS, QUEUE, TOKENS = 8, 16, 32
@@ -57,7 +57,9 @@ def test_ten_times_too_many_requests_are_refused_and_the_others_keep_their_pace(
     rate = 10 * SLOTS / statistics.mean(each)
     asyncio.run(storm(server, 2, rate, chance))  # the memory of so many connections is taken before it is looked at
     held = [resident_bytes(pid) for pid in pids]
+    computed = processor_seconds(server.process.pid)
     outcomes = asyncio.run(storm(server, seconds, rate, chance))
+    computed = processor_seconds(server.process.pid) - computed
     growth = [resident_bytes(pid) / one - 1 for pid, one in zip(pids, held, strict=True)]
     alone += asyncio.run(calm(server, before, chance))  # the machine's other work changes: before and after
     each = [one.seconds for one in alone]
@@ -80,6 +82,7 @@ def test_ten_times_too_many_requests_are_refused_and_the_others_keep_their_pace(
         calm_pace_p99_ms=round(1000 * calm_pace, 1),
         refusal_p50_ms=round(1000 * quantile([one.seconds for one in others], 0.5), 1),
         refusal_p99_ms=round(1000 * quantile([one.seconds for one in others], 0.99), 1),
+        server_processor_ms_a_request=round(1000 * computed / len(outcomes), 2),
         retry_after=Counter(one.headers.get("retry-after") for one in others),
         growth_percent=[round(100 * one, 2) for one in growth],
     )
