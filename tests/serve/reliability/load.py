@@ -109,7 +109,7 @@ async def _read(reader: asyncio.StreamReader, outcome: Outcome, leaves: Callable
         outcome.body = json.loads(await reader.readexactly(int(outcome.headers["content-length"])))
         return
     rest = b""
-    while size := int(await reader.readline(), 16):
+    while size := int(await reader.readuntil(b"\n"), 16):
         rest += (await reader.readexactly(size + 2))[:-2]
         *whole, rest = rest.split(b"\n\n")
         for one in whole:
