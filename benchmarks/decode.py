@@ -17,14 +17,13 @@ from pydantic import Field
 
 from benchmarks.machine import describe
 from benthic.config import ModelConfig
-from benthic.config.engine import EngineConfig
+from benthic.config.engine import CacheStorage, EngineConfig, WeightStorage
 from benthic.config.settings import Settings
 from benthic.inference.drawing import Drawn
-from benthic.inference.engine import Engine
+from benthic.inference.engine import Engine, Flight
 from benthic.inference.pretrained import load_model
-from benthic.inference.runner import Computed
-from benthic.inference.scheduler import Work
 from benthic.model import LanguageModel
+from benthic.model.float8_storage import store_in_float8
 from benthic.model.sampling import SamplingParams
 
 
@@ -40,6 +39,8 @@ class Workload(Settings):
     device: str = "cpu"
     draft_tokens: int = Field(0, ge=0)
     acceptance: float | None = Field(None, ge=0, le=1)
+    weights: WeightStorage = "plain"
+    cache: CacheStorage = "plain"
 
 
 class PretendingEngine(Engine):
@@ -49,9 +50,9 @@ class PretendingEngine(Engine):
         super().__init__(*arguments, **settings)
         self._acceptance, self._dice = acceptance, random.Random(0)
 
-    def _draw(self, works: list[Work], computed: Computed) -> list[list[Drawn]]:
-        drawn = super()._draw(works, computed)
-        for (_, _, drafts), tokens in zip(works, drawn, strict=True):
+    def _draw(self, flight: Flight) -> list[list[Drawn]]:
+        drawn = super()._draw(flight)
+        for (_, _, drafts), tokens in zip(flight.works, drawn, strict=True):
             for place, draft in enumerate(drafts):
                 right = self._dice.random() < self._acceptance
                 tokens[place] = tokens[place]._replace(token=draft if right else (draft + 1) % 1000 + 10)
@@ -116,10 +117,14 @@ def _engine(workload: Workload) -> Engine:
     dtype = getattr(torch, workload.dtype)
     folder = Path(workload.model)
     if any(folder.glob("*.safetensors")):
-        model = load_model(folder, workload.device, dtype)
+        model = load_model(folder, workload.device, dtype, weights=workload.weights)
     else:
         model = LanguageModel(ModelConfig.from_pretrained(workload.model), workload.device, dtype)
         _spread(model)
+        if workload.weights == "float8":
+            store_in_float8(model)
+            if model.head_weight.is_cuda:
+                torch.cuda.empty_cache()  # of the weights in `dtype`, which are gone
     most = max(workload.batches)
     tokens = workload.prompt_tokens + workload.new_tokens + 32
     settings = EngineConfig(
@@ -130,6 +135,7 @@ def _engine(workload: Workload) -> Engine:
         prefix_caching=False,
         draft_tokens=workload.draft_tokens or None,
         always_draft=True,
+        cache=workload.cache,
     )
     if workload.acceptance is not None:
         return PretendingEngine(model, speculative=True, settings=settings, acceptance=workload.acceptance)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benthic.checkpoint.folder import Entry, named_list, read_entries
 from benthic.checkpoint.layout import (
+    DEFAULT_BLOCK,
     FP8,
     SCALE_SUFFIX,
     block_size,
@@ -33,7 +34,7 @@ from benthic.config.manifest import StoredTensor, parameters
 from benthic.config.model import ModelConfig
 from benthic.errors import CheckpointError
 from benthic.log import logger
-from benthic.numerics.reference.quantisation import dequantise_blocks
+from benthic.numerics.reference.quantisation import dequantise_blocks, quantise_blocks
 
 MAPPED_BYTES = 64 * 2**20
 
@@ -100,33 +101,58 @@ class TensorReader:
             return tensor
         return dequantise_blocks(tensor, self.stored(name + SCALE_SUFFIX), self._block)
 
+    def quantised(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """e4m3 values and float32 factors for 128 x 128: as they are stored, or made of other numbers on `device`."""
+        if self._checkpoint.entries[name].dtype == FP8 and self._block == DEFAULT_BLOCK:
+            return self.stored(name), self.stored(name + SCALE_SUFFIX).float()
+        return quantise_blocks(self.weight(name).to(device))
+
 
 def read_weights(checkpoint: Checkpoint) -> Iterator[tuple[StoredTensor, Tensor]]:
     """Every weight as numbers, in the order of the bytes on disk, duplicates last. Drop each before the next."""
+    with TensorReader(checkpoint) as reader:
+        for row in _in_file_order(checkpoint):
+            yield row, reader.weight(row.name)
+
+
+def _in_file_order(checkpoint: Checkpoint) -> list[StoredTensor]:
     rows = {row.name: row for row in present_rows(checkpoint.config, checkpoint.entries)}
     in_file_order = [rows[name] for name in checkpoint.entries if name in rows]
-    with TensorReader(checkpoint) as reader:
-        for row in sorted(in_file_order, key=lambda row: row.duplicate):
-            yield row, reader.weight(row.name)
+    return sorted(in_file_order, key=lambda row: row.duplicate)
 
 
 @torch.no_grad()
 def load_into(module: nn.Module, source: Checkpoint | str | Path) -> None:
     """Fill the parameters and persistent buffers of `module` in place, whatever their device and dtype.
 
-    The module's tensors are named and shaped as in the manifest. Copies of embedding and head that prediction layers
-    store are compared with the originals: a difference is logged, because benthic shares them.
+    The module's tensors are named and shaped as in the manifest. One in e4m3 has its factors in a buffer beside it,
+    named as on disk: both are copied as they are stored, or quantised where they are stored otherwise. Copies of
+    embedding and head that prediction layers store are compared with the originals: a difference is logged, because
+    benthic shares them.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     targets = _targets(module, checkpoint)
-    for row, tensor in read_weights(checkpoint):
-        target = targets[row.source.name]
-        if row.expert is not None:
-            target = target[row.expert, row.first_row : row.first_row + row.shape[0]]
-        if not row.duplicate:
-            target.copy_(tensor)
-        elif not _same(target, tensor):
-            _tell_difference(row, checkpoint)
+    with TensorReader(checkpoint) as reader:
+        for row in _in_file_order(checkpoint):
+            target = targets[row.source.name]
+            if row.expert is not None:
+                target = target[row.expert, row.first_row : row.first_row + row.shape[0]]
+            if target.dtype == torch.float8_e4m3fn:
+                values, factors = reader.quantised(row.name, target.device)
+                target.copy_(values)
+                _factors_of(row, targets[row.source.name + SCALE_SUFFIX]).copy_(factors)
+            elif not row.duplicate:
+                target.copy_(reader.weight(row.name))
+            elif not _same(target, reader.weight(row.name)):
+                _tell_difference(row, checkpoint)
+
+
+def _factors_of(row: StoredTensor, factors: Tensor) -> Tensor:
+    """Those of one stored tensor. An expert's gate and up each begin with a block of their own."""
+    if row.expert is None:
+        return factors
+    first = -(-row.first_row // DEFAULT_BLOCK[0])
+    return factors[row.expert, first : first - (-row.shape[0] // DEFAULT_BLOCK[0])]
 
 
 def _targets(module: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -71,6 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--acceptance", type=float, help="pretend that this share of drafts is right: random weights' are not"
     )
+    decode.add_argument("--weights", choices=["plain", "float8"], help="float8 keeps matrices in FP8 (default plain)")
+    decode.add_argument("--cache", choices=["plain", "float8"], help="float8 keeps latents in FP8 (default plain)")
     serve = benchmarks.add_parser(
         "serve", allow_abbrev=False, help="a server under load, timed as vllm bench serve does it"
     )

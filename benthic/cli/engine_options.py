@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, get_args
 
+from benthic.config.engine import CacheStorage, EngineConfig, WeightStorage
 from benthic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ def add_engine_options(parser: argparse.ArgumentParser, folder_is_needed: bool =
     )
     parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
     parser.add_argument("--speculative", action="store_true", help="draft tokens with the model's prediction layers")
+    parser.add_argument(
+        "--weights", choices=get_args(WeightStorage), help="float8 keeps matrices in FP8 (default auto: where they are)"
+    )
+    parser.add_argument("--cache", choices=get_args(CacheStorage), help="float8 keeps latents in FP8 (default plain)")
 
 
 SAMPLING: dict[str, tuple[type, str]] = {
@@ -63,14 +69,20 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 
+def engine_settings(options: argparse.Namespace, names: Iterable[str] = ()) -> EngineConfig:
+    """What the options say of `names` and of what all engines share; the rest as EngineConfig has it."""
+    given = {name: getattr(options, name) for name in ("weights", "cache", *names)}
+    return EngineConfig(**{name: value for name, value in given.items() if value is not None})
+
+
 def open_engine(options: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     """The engine that the options name, and its tokenizer."""
     from benthic.inference.engine import Engine
     from benthic.text import Tokenizer
 
     tokenizer = Tokenizer.from_folder(options.folder)
-    engine = Engine(options.folder, check_device(options.device), options.speculative, tokenizer=tokenizer)
-    return engine, tokenizer
+    where = options.folder, check_device(options.device), options.speculative
+    return Engine(*where, tokenizer=tokenizer, settings=engine_settings(options)), tokenizer
 
 
 def check_device(name: str) -> str:

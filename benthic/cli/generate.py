@@ -51,6 +51,8 @@ def main(arguments: list[str]) -> int:
     if options.input is not None:
         return _answer_file(options, params)
     prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    if options.plain and (options.weights or options.cache):
+        raise ConfigError("--weights and --cache are the engine's; --plain is the reference, without one")
     continue_ = _plainly if options.plain else _by_engine
     text, params = continue_(options, prompt, params)
     if options.json:

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benthic.cli.engine_options import Parser, add_engine_options
-from benthic.config.engine import EngineConfig
+from benthic.cli.engine_options import Parser, add_engine_options, engine_settings
 from benthic.config.model import ModelConfig
 from benthic.config.serve import Limits, ServeConfig
 from benthic.errors import ConfigError
@@ -61,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
     model = ModelConfig.from_pretrained(options.folder)
     tokenizer = Tokenizer.from_folder(options.folder)
-    engine = EngineConfig(**_given(options, {name: name for name in _ENGINE}))
+    engine = engine_settings(options, _ENGINE)
     config = ServeConfig(
         host=options.host,
         port=options.port,
@@ -73,7 +72,7 @@ def main(arguments: list[str]) -> int:
     )
     start = Start(str(options.folder), options.device, options.dtype, options.speculative, engine.model_dump())
     _tell_beginning(config, model, options)
-    serve(config, start, tokenizer, lambda ready: _tell_ready(config, model, ready, options.speculative))
+    serve(config, start, tokenizer, lambda ready: _tell_ready(config, ready, options.speculative))
     return 0
 
 
@@ -94,27 +93,21 @@ def _tell_beginning(config: ServeConfig, model: ModelConfig, options: argparse.N
     logger.info("address  http://%s:%d, %s; 503 until the model is loaded", config.host, config.port, who)
 
 
-def _tell_ready(config: ServeConfig, model: ModelConfig, ready: Ready, speculative: bool) -> None:
-    from benthic.plan.kv_cache import elements_per_token
-    from benthic.plan.parameters import weight_bytes
-
-    width = {"float32": 4}.get(ready.dtype, 2)
-    weights = weight_bytes(model, "fp32" if width == 4 else "bf16", include_mtp=True)
-    row = width * elements_per_token(model, include_mtp=bool(ready.drafts))
+def _tell_ready(config: ServeConfig, ready: Ready, speculative: bool) -> None:
     tokens = ready.blocks * ready.block_size
     logger.info(
         "weights  %.2f GiB in %s on %s, loaded in %.1f s",
-        weights / 2**30,
+        ready.weight_bytes / 2**30,
         ready.dtype,
         ready.device,
         ready.load_seconds,
     )
     logger.info(
         "cache    %.2f GiB: %d blocks of %d tokens, %.1f KiB a token",
-        tokens * row / 2**30,
+        tokens * ready.token_bytes / 2**30,
         ready.blocks,
         ready.block_size,
-        row / 2**10,
+        ready.token_bytes / 2**10,
     )
     why = "the model's positions" if ready.longest == ready.positions else "the cache's size"
     logger.info(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from benthic.config.model import Positive
 from benthic.config.settings import Settings
+
+WeightStorage = Literal["auto", "plain", "float8"]
+CacheStorage = Literal["plain", "float8"]
 
 
 class EngineConfig(Settings):
@@ -17,7 +22,14 @@ class EngineConfig(Settings):
     up by no more than that. `draft_tokens` are tried a step where the engine speculates; None takes one for each
     prediction layer. Drafts rest while they make decoding slower, unless `always_draft`. On a GPU decoding is captured
     in `cuda_graphs`.
+
+    `weights` "float8" keeps matrices in FP8, as stored or quantised at load, "plain" in the model's dtype; "auto" keeps
+    those that are stored in FP8 where the GPU multiplies them. `cache` "float8" keeps latents in FP8, 656 bytes a token
+    and layer of DeepSeek-V3 instead of 1,152.
     """
+
+    weights: WeightStorage = "auto"
+    cache: CacheStorage = "plain"
 
     block_size: Positive = 64
     num_blocks: Positive | None = None

@@ -58,7 +58,7 @@ class Admission:
             )
         return Wish(list(prompt), params, None if self._forms is None else self._forms.make(params))
 
-    def requests(self, wish: Wish, priority: int, salt: str) -> list[Request]:
+    def requests(self, wish: Wish, priority: int, salt: str, owner: str) -> list[Request]:
         """One request for each of the answers; those behind the first wait for its prompt, and share it."""
         prompt, params, form = wish
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
@@ -67,6 +67,7 @@ class Admission:
             leader = made[0] if made and self._shares else None
             sampler, rank = Sampler(params, prompt, ends, index), rank_of(self._arrivals, priority)
             request = Request(self._arrivals, prompt, sampler, rank, salted(salt), index, leader)
+            request.owner = owner
             request.form = None if form is None else form.copy()
             self._arrivals += 1
             made.append(request)

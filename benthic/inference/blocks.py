@@ -1,8 +1,8 @@
 """Who holds which block of the paged cache, and which blocks remember a prefix that may come again.
 
 A block is in one of three states: free; referenced, by one sequence or several with an equal beginning; or cached: no
-sequence holds it, but its content is known by a digest and is given up only when a block is needed, the one that was
-longest unused first.
+sequence holds it, but its content is known by a digest and is given up only when a block is needed: of those of the
+owner who has the most, the one that was longest unused. So nobody who fills the cache drives others out of their share.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ class BlockPool:
         self.size = size
         self._free = list(range(size - 1, -1, -1))
         self._references = [0] * size
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._cached: dict[str, OrderedDict[int, None]] = {}  # by owner
+        self._owner_of: dict[int, str] = {}
         self._by_digest: dict[Digest, int] = {}
         self._digest_of: dict[int, Digest] = {}
 
     @property
     def available(self) -> int:
         """Blocks that `take` can still give."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + sum(map(len, self._cached.values()))
 
     @property
     def referenced(self) -> int:
@@ -51,8 +52,8 @@ class BlockPool:
         if self._free:
             block = self._free.pop()
         else:
-            block, _ = self._cached.popitem(last=False)
-            del self._by_digest[self._digest_of.pop(block)]
+            block, _ = max(self._cached.values(), key=len).popitem(last=False)
+            del self._by_digest[self._digest_of.pop(block)], self._owner_of[block]
         self._references[block] = 1
         return block
 
@@ -62,18 +63,21 @@ class BlockPool:
 
     def is_cached(self, block: int) -> bool:
         """Whether no sequence holds a known block, so that sharing it leaves one fewer to take."""
-        return block in self._cached
+        return block in self._digest_of and not self._references[block]
 
     def share(self, block: int) -> None:
         """One more reference to a block that `find` gave."""
-        self._cached.pop(block, None)
+        if not self._references[block]:
+            del self._cached[self._owner_of[block]][block]
         self._references[block] += 1
 
-    def publish(self, block: int, digest: Digest) -> None:
-        """Let others find a full block that will not change any more; the first of equal blocks stays the known one."""
+    def publish(self, block: int, digest: Digest, owner: str = "") -> None:
+        """Let others find a full block that will not change any more; the first of equal blocks stays the known one.
+        It counts as its `owner`'s."""
         if digest not in self._by_digest and block not in self._digest_of:
             self._by_digest[digest] = block
             self._digest_of[block] = digest
+            self._owner_of[block] = owner
 
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less to each of a sequence's `blocks`, in the order of its tokens."""
@@ -82,16 +86,17 @@ class BlockPool:
             self._references[block] -= 1
             if not self._references[block]:
                 if block in self._digest_of:
-                    self._cached[block] = None
+                    self._cached.setdefault(self._owner_of[block], OrderedDict())[block] = None
                 else:
                     self._free.append(block)
 
     def forget(self) -> None:
         """Free every cached block, and let no referenced one be found: the model's weights changed."""
-        self._free.extend(self._cached)
+        self._free.extend(block for mine in self._cached.values() for block in mine)
         self._cached.clear()
         self._by_digest.clear()
         self._digest_of.clear()
+        self._owner_of.clear()
 
     def check(self, held: Iterable[Sequence[int]] = ()) -> None:
         """Raise AssertionError unless every block is in one state, and references are those of the sequences that hold
@@ -101,7 +106,7 @@ class BlockPool:
             for block in blocks:
                 counted[block] += 1
         assert counted == self._references, f"references are {self._references}, held are {counted}"
-        free, cached = set(self._free), set(self._cached)
+        free, cached = set(self._free), {block for mine in self._cached.values() for block in mine}
         used = {block for block, count in enumerate(counted) if count}
         assert len(free) == len(self._free), "a block is free twice"
         assert not free & cached | cached & used | free & used, "a block is in two states"

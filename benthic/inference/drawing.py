@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benthic.inference.runner import Computed, Runner
+from benthic.inference.readback import Readback
+from benthic.inference.runner import Computed, Likeliest, Runner, likeliest_of, told_of
 from benthic.inference.scheduler import Work
-from benthic.model.sampling import Sampler, distributions, pick
+from benthic.model.sampling import Sampler, distributions, pick, to_device
 
 
 class Row(NamedTuple):
@@ -31,46 +32,65 @@ class Drawn(NamedTuple):
     alternatives: dict[int, float] | None
 
 
-def draw(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
-    """One token for each row of `logits` [R, V]."""
-    choice = _choice(logits, rows)
-    tokens = _tokens(choice, rows)
-    logprobs = log_probabilities(logits, tokens).tolist()
-    # One NaN or infinity among the logits makes their sum one too. A forbidden token wins where there is no other.
-    allowed = [True] * len(rows) if choice is logits else choice.amax(-1).isfinite().tolist()
-    alternatives = likeliest(logits, [row.sampler.params.logprobs for row in rows])
-    return [
-        Drawn(token if fine and math.isfinite(logprob) else None, logprob, other)
-        for token, fine, logprob, other in zip(tokens.tolist(), allowed, logprobs, alternatives, strict=True)
-    ]
+class Draws(NamedTuple):
+    """A step's tokens, drawn on the device: `tokens` int64 [R], and what is told of them on its way to the host."""
+
+    rows: list[Row]
+    counts: list[int]
+    tokens: Tensor
+    told: Readback
+    alternatives: list[dict[int, float] | None]
 
 
-def draw_works(runner: Runner, works: Sequence[Work], computed: Computed) -> list[list[Drawn]]:
-    """For each piece of work the tokens that follow its last one and each of its drafts; none where more of the prompt
-    is to come."""
+def draw_works(runner: Runner, works: Sequence[Work], computed: Computed, ahead: int = 0) -> Draws | None:
+    """Begin to draw, for each piece of work, the tokens that follow its last one and each of its drafts; none where
+    more of the prompt is to come. `ahead` tokens of every request are drawn but not yet known."""
     places, rows, counts = [], [], []
     for (request, count, drafts), mine in zip(works, computed.rows, strict=True):
-        wanted = 1 + len(drafts) if count == request.remaining else 0
+        wanted = 1 + len(drafts) if ahead or count == request.remaining else 0
         counts.append(wanted)
         places += range(mine.stop - wanted, mine.stop)
         if request.form is None or not wanted:
-            rows += [Row(request.sampler, drafts[:place]) for place in range(wanted)]
+            rows += [Row(request.sampler, (0,) * ahead + drafts[:place]) for place in range(wanted)]
         else:
             masks = request.form.allowed(drafts)
             rows += [Row(request.sampler, drafts[:place], masks[place]) for place in range(wanted)]
     if not rows:
-        return [[] for _ in works]
-    if computed.logits is not None and len(places) == len(computed.logits):
-        logits = computed.logits
+        return None
+    if computed.logits is None or len(places) != len(computed.logits):
+        logits, likeliest_ones = runner.logits(runner.take_rows(computed.hidden, places)), None
     else:
-        logits = runner.logits(runner.take_rows(computed.hidden, places))
-    drawn = iter(draw(logits, rows))
-    return [[next(drawn) for _ in range(count)] for count in counts]
+        logits, likeliest_ones = computed.logits, computed.likeliest
+    return _draw(logits, likeliest_ones, rows, counts)
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of one token a row: float32 [R]."""
-    return logits.log_softmax(-1, dtype=torch.float32).gather(-1, tokens[:, None])[:, 0]
+def read_draws(draws: Draws | None, works: Sequence[Work]) -> list[list[Drawn]]:
+    """Wait for what was drawn: tokens by piece of work."""
+    if draws is None:
+        return [[] for _ in works]
+    told = draws.told.wait().tolist()
+    drawn = iter(
+        [
+            Drawn(int(token) if fine and math.isfinite(logprob) else None, logprob, other)
+            for token, logprob, fine, other in zip(*told, draws.alternatives, strict=True)
+        ]
+    )
+    return [[next(drawn) for _ in range(count)] for count in draws.counts]
+
+
+def _draw(logits: Tensor, likeliest_ones: Likeliest | None, rows: list[Row], counts: list[int]) -> Draws:
+    """One token for each row of `logits` [R, V]."""
+    choice = _choice(logits, rows)
+    if choice is logits and not any(row.sampler.params.temperature > 0 for row in rows):
+        tokens, told = likeliest_ones or likeliest_of(logits)
+    else:
+        tokens = _tokens(choice, rows)
+        told = told_of(logits, tokens)
+        if choice is not logits:
+            # A forbidden token wins where there is no other.
+            told[2] = choice.amax(-1).isfinite()
+    wanted = [row.sampler.params.logprobs for row in rows]
+    return Draws(rows, counts, tokens, Readback(told), likeliest(logits, wanted))
 
 
 def likeliest(logits: Tensor, wanted: Sequence[int | None]) -> list[dict[int, float] | None]:
@@ -108,7 +128,7 @@ def _tokens(choice: Tensor, rows: Sequence[Row]) -> Tensor:
             sampler.uniform(len(sampler.drawn) + len(rows[index].drafts))
             for index, sampler in zip(random, samplers, strict=True)
         ]
-        where = torch.tensor(random, device=choice.device)
+        where = to_device(random, torch.int64, choice.device)
         probabilities = distributions(choice[where], [sampler.params for sampler in samplers])
         tokens[where] = pick(probabilities, uniforms).clamp_(max=choice.shape[-1] - 1)
     return tokens

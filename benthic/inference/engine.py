@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,7 @@ from benthic.inference.admission import Admission, Prompt, Wish
 from benthic.inference.answer import Answer
 from benthic.inference.blocks import BlockPool
 from benthic.inference.completion import Completion, Event
-from benthic.inference.drawing import Drawn, draw_works
+from benthic.inference.drawing import Drawn, Draws, draw_works, read_draws
 from benthic.inference.expert_load import ExpertLoad
 from benthic.inference.pace import Pace
 from benthic.inference.pretrained import load_model
@@ -32,16 +33,32 @@ from benthic.inference.speculation import Drafter, News
 from benthic.inference.statistics import Statistics
 from benthic.log import logger
 from benthic.model import LanguageModel
+from benthic.model.float8_storage import store_in_float8
 from benthic.model.sampling import SamplingParams
 from benthic.text import Tokenizer
 from benthic.text.tokenizer import TOKENIZER_FILE
+
+
+class Flight(NamedTuple):
+    """A step under way."""
+
+    works: list[Work]
+    computed: Computed
+    draws: Draws | None
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether drawing needs nothing of the tokens before, and nothing but tokens is told of a step."""
+    params = request.params
+    told = params.logprobs or params.prompt_logprobs is not None or params.routed_experts
+    return request.form is None and not params.changes_logits and not told
 
 
 class Engine:
     """Text from the model of a published folder, or from a model in memory with its tokenizer.
 
     `speculative` drafts tokens with the model's prediction layers; a model without them decodes plainly, and the log
-    says so. Answers are the same either way.
+    says so. Answers are the same either way. A model in memory whose weights are to be FP8 is changed in place.
     """
 
     def __init__(
@@ -54,17 +71,19 @@ class Engine:
         settings: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
+        self.settings = settings or EngineConfig()
         if not isinstance(model, LanguageModel):
             folder = Path(model)
             if tokenizer is None and (folder / TOKENIZER_FILE).is_file():
                 tokenizer = Tokenizer.from_folder(folder)
-            model = load_model(folder, device, dtype)
+            model = load_model(folder, device, dtype, weights=self.settings.weights)
         elif model.head_weight.is_meta:
             raise ConfigError(
                 "the model is on device 'meta', which holds no weights", hint="load it on 'cpu' or 'cuda'"
             )
+        elif self.settings.weights == "float8":
+            store_in_float8(model)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.settings = settings or EngineConfig()
         self._draft_tokens = self._choose_draft_tokens(speculative)
         weight, drafts = model.head_weight, self._draft_tokens
         blocks = num_blocks(model.config, self.settings, weight.device, weight.dtype, bool(drafts))
@@ -76,6 +95,7 @@ class Engine:
         self.expert_load = ExpertLoad(model.config, weight.device)
         self._admission = Admission(model, tokenizer, self.scheduler, self.settings)
         self._answers: dict[int, tuple[Request, Answer]] = {}
+        self._flight: Flight | None = None
         self._statistics = Statistics(blocks=blocks)
         logger.info(
             "engine: cache of %d blocks of %d tokens, at most %d tokens a step, %d drafts",
@@ -142,21 +162,26 @@ class Engine:
                 self.cancel(request_id)
         return mine
 
-    def add_request(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, salt: str = "") -> list[int]:
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, salt: str = "", owner: str = ""
+    ) -> list[int]:
         """The ids of the params.n answers that will come for one prompt.
 
         A smaller `priority` is served earlier. Only prompts of equal `salt` share cached blocks, so that who may not
-        see another's prompts cannot tell from the time to the first token that somebody sent them. Raises RequestError
-        for what can never be served and CapacityError when too many wait.
+        see another's prompts cannot tell from the time to the first token that somebody sent them; and where the cache
+        is full, the `owner` of most of it gives up blocks first. Raises RequestError for what can never be served and
+        CapacityError when too many wait.
         """
-        if type(priority) is not int or not isinstance(salt, str):
-            raise RequestError(f"a priority is a whole number and a salt is text, not {priority!r} and {salt!r}")
+        if type(priority) is not int or not isinstance(salt, str) or not isinstance(owner, str):
+            raise RequestError(
+                f"a priority is a whole number, a salt and an owner are text, not {priority!r}, {salt!r} and {owner!r}"
+            )
         most = self.settings.max_waiting
         if most is not None and len(self.scheduler.waiting) + params.n > most:
             raise CapacityError(
                 f"{len(self.scheduler.waiting)} requests wait already; max_waiting is {most}", hint="try again later"
             )
-        return [request.id for request in self._add(self._admission.check(prompt, params), priority, salt)]
+        return [request.id for request in self._add(self._admission.check(prompt, params), priority, salt, owner)]
 
     def cancel(self, request_id: int) -> Completion | None:
         """End a request now and free its blocks; what it has so far, or None when it is not there any more."""
@@ -174,21 +199,26 @@ class Engine:
         begun = time.perf_counter()
         if self._drafter is not None:
             self._pace.prepare(self.scheduler.running)
-        works = self.scheduler.schedule()
-        if not works:
-            assert not self._answers, "requests are there, but none can run"
-            return []
         try:
-            computed = self.runner.compute(works)
-            drawn = self._draw(works, computed)
+            flight = self._take_flight() or self._begin(self.scheduler.schedule())
+            if flight is None:
+                assert not self._answers, "requests are there, but none can run"
+                return []
+            if self._drafter is None:
+                self._flight = self._begin_next(flight)
+            drawn = self._draw(flight)
         except torch.OutOfMemoryError as error:
+            self._flight = None
             self._make_room(error)
             return []
+        works, computed, _ = flight
         self._statistics.steps += 1
         self.expert_load.add(computed.routing, computed.rows[-1].stop)
         events, news = [], []
         for work, rows, tokens in zip(works, computed.rows, drawn, strict=True):
             request, start = work.request, work.request.computed
+            if request.status is not Status.RUNNING:
+                continue  # ended or cancelled while this step was under way
             try:
                 event = self._settle(work, rows, tokens, computed)
             except Exception as error:
@@ -214,6 +244,7 @@ class Engine:
 
     def fail_running(self, error: Exception) -> list[Event]:
         """End all that runs, after a step raised `error` and nothing says whose fault it was; those who wait go on."""
+        self._flight = None
         return [self._fail(request, error) for request in list(self.scheduler.running)]
 
     def forget_prefixes(self) -> None:
@@ -268,9 +299,39 @@ class Engine:
             logger.info("engine: the model has no prediction layers; it decodes plainly, without drafts")
         return (self.settings.draft_tokens or layers) if speculative and layers else 0
 
-    def _draw(self, works: list[Work], computed: Computed) -> list[list[Drawn]]:
+    def _begin(self, works: list[Work]) -> Flight | None:
+        """Launch a step and the draws of its tokens."""
+        if not works:
+            return None
+        computed = self.runner.compute(works)
+        return Flight(works, computed, draw_works(self.runner, works, computed))
+
+    def _begin_next(self, flight: Flight) -> Flight | None:
+        """Launch the step behind `flight` before its tokens are known to the host, where that is plain decoding: what
+        the host does between two steps then costs no time of the device."""
+        works, computed, draws = flight
+        if draws is None or not self.runner.captures or not all(_is_plain(work.request) for work in works):
+            return None
+        following = self.scheduler.schedule_ahead(works)
+        if following is None:
+            return None
+        place = {work.request.id: row for row, work in enumerate(works)}
+        places = [place[work.request.id] for work in following]
+        computed = self.runner.compute_ahead(following, draws.tokens, places)
+        if computed is None:
+            return None
+        return Flight(following, computed, draw_works(self.runner, following, computed, ahead=1))
+
+    def _take_flight(self) -> Flight | None:
+        """The step under way, unless nobody waits for it any more."""
+        flight, self._flight = self._flight, None
+        if flight is None or all(work.request.status is Status.FINISHED for work in flight.works):
+            return None
+        return flight
+
+    def _draw(self, flight: Flight) -> list[list[Drawn]]:
         """What the step's states say comes next."""
-        return draw_works(self.runner, works, computed)
+        return read_draws(flight.draws, flight.works)
 
     def _settle(self, work: Work, rows: slice, drawn: list[Drawn], computed: Computed) -> Event | None:
         """Keep what the step found for one request."""
@@ -315,8 +376,8 @@ class Engine:
         self._statistics.add(completion)
         return Event(request.id, (), "", completion)
 
-    def _add(self, wish: Wish, priority: int = 0, salt: str = "") -> list[Request]:
-        requests = self._admission.requests(wish, priority, salt)
+    def _add(self, wish: Wish, priority: int = 0, salt: str = "", owner: str = "") -> list[Request]:
+        requests = self._admission.requests(wish, priority, salt, owner)
         for request in requests:
             self._answers[request.id] = (request, Answer(request, self.tokenizer))
             self.scheduler.add(request)

@@ -45,70 +45,103 @@ class Graphs:
         self._memory, self._first = memory, first
         self._captured: dict[tuple[int, int, int], _Captured] = {}
 
-    def run(self, stretches: Sequence[Stretch], known: Tensor | None = None) -> Any:
-        """What the function returns, for rounded-up rows; valid until the next run of this size."""
+    def run(
+        self,
+        stretches: Sequence[Stretch],
+        known: Tensor | None = None,
+        source: tuple[Tensor, Sequence[int]] | None = None,
+    ) -> Any:
+        """What the function returns, for rounded-up rows; valid until the next run of this size. With a `source`, token
+        i is not that of the stretches but stands in row source[1][i] of source[0], on the device."""
         rows = _rounded(sum(len(stretch.tokens) for stretch in stretches))
         sequences = min(rows, _rounded(len(stretches)))
         blocks = max(_LEAST_BLOCKS, 1 << (max(len(stretch.blocks) for stretch in stretches) - 1).bit_length())
         size = (rows, sequences, blocks)
         if size not in self._captured:
-            width = None if known is None else known.shape[1]
-            inputs = _Inputs(size, self._pools, self._block_size, self._first, width)
-            inputs.fill(stretches, known)
+            states = None if known is None else known.new_zeros(rows, known.shape[1])
+            inputs = _Inputs(size, self._pools, self._block_size, self._first, states)
+            inputs.fill(stretches, known, source)
             self._captured[size] = _Captured(self._call, inputs, self._memory)
         captured = self._captured[size]
-        captured.inputs.fill(stretches, known)
+        captured.inputs.fill(stretches, known, source)
         captured.graph.replay()
         return captured.result
 
 
 class _Inputs:
-    """The tensors that a captured call reads, and what they were last filled with."""
+    """The tensors that a captured call reads, and what they were last filled with.
+
+    Token ids, positions, slots and sources of rows, int64 [4, T], then bounds and lengths of sequences, then tables lie
+    in one piece of memory, so that one copy fills them. It comes from one of two pieces of the host's, in turn: the
+    next step is filled in while the copy of this one may still wait for the device.
+    """
 
     def __init__(
-        self, size: tuple[int, int, int], pools: Sequence[Tensor], block_size: int, first: int, width: int | None
+        self, size: tuple[int, int, int], pools: Sequence[Tensor], block_size: int, first: int, known: Tensor | None
     ) -> None:
         rows, sequences, blocks = size
-        device, self._block_size = pools[0].device, block_size
+        self._device, self._block_size = pools[0].device, block_size
         # Rows begin at 16 bytes: kernels are compiled anew where one does not.
-        self._tokens = torch.zeros(3, rows + rows % 2, dtype=torch.int64, device=device)
-        self._bounds = torch.zeros(2, (sequences + 4) // 4 * 4, dtype=torch.int32, device=device)
-        self._tables = torch.zeros(sequences, blocks, dtype=torch.int32, device=device)
+        self._shapes = (4, rows + rows % 2), (2, (sequences + 4) // 4 * 4), (sequences, blocks)
         self._host_tables = np.zeros((sequences, blocks), np.int32)
         self._filled: list[tuple[Sequence[int], int]] = [((), 0)] * sequences
-        self.known = None if width is None else torch.zeros(rows, width, dtype=pools[0].dtype, device=device)
-        self.tokens = self._tokens[0, :rows]
+        (height, width), (_, bounds), _ = self._shapes
+        self._head = 2 * height * width + 2 * bounds
+        count = self._head + sequences * blocks
+        self._whole = torch.zeros(count, dtype=torch.int32, device=self._device)
+        pinned = self._device.type == "cuda"
+        pieces = [torch.zeros(count, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._staging = [(piece, *(part.numpy() for part in self._parts(piece))) for piece in pieces]
+        self._rows, self._bounds, tables = self._parts(self._whole)
+        self.known = known
+        self.tokens = self._rows[0, :rows]
         self.pages = Pages(
             pools=pools,
             # All sequences are narrow; how many rows each really has, the device alone knows.
             counts=(1,) * sequences,
             totals=(1,) * sequences,
             bounds=(*range(sequences), rows),
-            positions=self._tokens[1, :rows],
-            slots=self._tokens[2, :rows],
-            tables=self._tables,
+            positions=self._rows[1, :rows],
+            slots=self._rows[2, :rows],
+            tables=tables,
             starts=self._bounds[0, : sequences + 1],
             lengths=self._bounds[1, :sequences],
             first=first,
         )
 
-    def fill(self, stretches: Sequence[Stretch], known: Tensor | None) -> None:
+    def fill(
+        self,
+        stretches: Sequence[Stretch],
+        known: Tensor | None,
+        source: tuple[Tensor, Sequence[int]] | None = None,
+    ) -> None:
         """Take the place of the values before."""
-        found = rows_of(stretches, self._block_size)
-        rows = torch.zeros(self._tokens.shape, dtype=torch.int64)
-        rows[2] = -1
-        rows[:, : found.shape[1]] = found
-        self._tokens.copy_(rows)
-        bounds = bounds_of(stretches)
-        host = np.zeros(tuple(self._bounds.shape), np.int32)
-        host[0, : len(bounds)] = bounds
-        host[0, len(bounds) :] = bounds[-1]
-        host[1, : len(stretches)] = [stretch.start + len(stretch.tokens) for stretch in stretches]
-        self._bounds.copy_(torch.from_numpy(host))
+        self._staging.reverse()
+        staged, rows, bounds, tables = self._staging[0]
+        found = rows_of(stretches, self._block_size).numpy()
+        count, ends = found.shape[1], bounds_of(stretches)
+        rows[:3, :count], rows[:2, count:], rows[2, count:] = found, 0, -1
+        bounds[0, : len(ends)], bounds[0, len(ends) :] = ends, ends[-1]
+        bounds[1, : len(stretches)] = [stretch.start + len(stretch.tokens) for stretch in stretches]
+        bounds[1, len(stretches) :] = 0
+        if source is not None:
+            rows[3, :count] = source[1]
+        copied = self._head
         if self._fill_tables(stretches):
-            self._tables.copy_(torch.from_numpy(self._host_tables))
+            tables[:] = self._host_tables
+            copied = len(staged)
+        self._whole[:copied].copy_(staged[:copied], non_blocking=True)
+        if source is not None:
+            torch.index_select(source[0], 0, self._rows[3, :count], out=self.tokens[:count])
         if self.known is not None and known is not None:
             self.known[: len(known)].copy_(known)
+
+    def _parts(self, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, bounds and tables in a piece of memory."""
+        (height, width), bounds, tables = self._shapes
+        end = 2 * height * width
+        rows = whole[:end].view(torch.int64).view(height, width)
+        return rows, whole[end : self._head].view(bounds), whole[self._head :].view(tables)
 
     def _fill_tables(self, stretches: Sequence[Stretch]) -> bool:
         """Whether anything is new. A sequence's list of blocks only grows, so what is there of the same list stays."""

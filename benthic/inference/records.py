@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benthic.inference.drawing import likeliest, log_probabilities
+from benthic.inference.drawing import likeliest
 from benthic.inference.request import Request
-from benthic.inference.runner import Runner
+from benthic.inference.runner import Runner, log_probabilities
 from benthic.ops.route import Routing
 
 _ROWS_AT_ONCE = 512

@@ -24,9 +24,10 @@ class Request:
     """`tokens` are the prompt and what was drawn; rows of the first `computed` of them lie in `blocks`.
 
     `rank` orders requests: the smallest is served first and given up last. `leader` is the request whose prompt this
-    one shares (n > 1): it waits until those blocks are filled. Prediction layers hold rows of positions below
-    `predicted` (0: none yet), and go on from the states `carried`, by the number of layers they went through;
-    whether they follow this request at all is open (`follows` None) until its first step.
+    one shares (n > 1): it waits until those blocks are filled. Blocks that others may find count as its `owner`'s.
+    Prediction layers hold rows of positions below `predicted` (0: none yet), and go on from the states `carried`, by
+    the number of layers they went through; whether they follow this request at all is open (`follows` None) until its
+    first step.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Request:
         self.follows: bool | None = None
         self.completion = Completion(prompt, index)
         self.form: Form | None = None
+        self.owner = ""
         self._digests = [salt]
 
     @property

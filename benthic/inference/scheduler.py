@@ -9,6 +9,7 @@ Where blocks run out, the request of the highest rank is put back and later comp
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from benthic.config.engine import EngineConfig
@@ -79,6 +80,22 @@ class Scheduler:
         self._share_out([request for request in self.running if not request.is_decoding], left, works)
         return sorted(works.values(), key=lambda work: (work.count + len(work.drafts), work.request.rank))
 
+    def schedule_ahead(self, works: list[Work]) -> list[Work] | None:
+        """The step behind `works`, whose tokens are not known yet: one more token of each request that these do not end
+        for certain. None where it takes more than that: prompts, drafts, requests to admit, blocks to find."""
+        works = [work for work in works if work.request.status is Status.RUNNING]
+        everyone = len(works) == len(self.running)
+        if not everyone or any(work.drafts or work.count != work.request.remaining for work in works):
+            return None
+        going = [work.request for work in works if work.request.tokens_left > 1]
+        wanted = {request.id: self._blocks_for(len(request.tokens) + 1) - len(request.blocks) for request in going}
+        missing = sum(count for count in wanted.values() if count > 0)
+        if not going or missing > self.pool.available or next(self._startable(), None) is not None:
+            return None
+        for request in going:
+            request.blocks += [self.pool.take() for _ in range(wanted[request.id])]
+        return [Work(request, 1) for request in sorted(going, key=_rank)]
+
     def take_smaller_steps(self) -> bool:
         """Halve the tokens of a step, for a device that had no memory for more; False when it is one already."""
         self.step_tokens, before = max(1, self.step_tokens // 2), self.step_tokens
@@ -90,7 +107,7 @@ class Scheduler:
         before, request.computed = request.computed, request.computed + tokens
         if self.config.prefix_caching:
             for block in range(before // size, request.computed // size):
-                self.pool.publish(request.blocks[block], request.digest(block, size))
+                self.pool.publish(request.blocks[block], request.digest(block, size), request.owner)
 
     def check(self) -> None:
         """Raise AssertionError unless blocks and requests agree: nothing lost, nothing held twice."""
@@ -119,6 +136,11 @@ class Scheduler:
                     works[request.id] = Work(request, count)
 
     def _admit(self) -> None:
+        for request, shared in self._startable():
+            self._start(request, shared)
+
+    def _startable(self) -> Iterator[tuple[Request, list[int]]]:
+        """Requests that can start now, one after another, each with the known blocks of its beginning."""
         if not self.waiting:
             return
         promised = sum(self._missing(request) for request in self.running)
@@ -133,7 +155,7 @@ class Scheduler:
             if needed + revived + promised > self.pool.available:
                 return
             promised += needed
-            self._start(request, shared)
+            yield request, shared
 
     def _start(self, request: Request, shared: list[int]) -> None:
         for block in shared:

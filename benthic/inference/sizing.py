@@ -7,8 +7,8 @@ import torch
 from benthic.config.engine import EngineConfig
 from benthic.config.model import ModelConfig
 from benthic.errors import CapacityError
+from benthic.model.pages import row_format
 from benthic.model.room import available_bytes
-from benthic.plan.kv_cache import elements_per_token
 
 
 def num_blocks(
@@ -16,10 +16,10 @@ def num_blocks(
 ) -> int:
     """`engine.num_blocks`, or what its share of the free memory holds. Raises CapacityError where that is not even one
     block, or where the stated number does not fit."""
-    elements = engine.block_size * elements_per_token(config, include_mtp=include_mtp)
-    if include_mtp:
-        elements += config.num_nextn_predict_layers * config.hidden_size  # the states at the end of a block
-    block_bytes = elements * dtype.itemsize
+    predictions = config.num_nextn_predict_layers if include_mtp else 0
+    row = row_format(config, dtype, device, engine.cache)
+    block_bytes = engine.block_size * row.num_bytes * (config.num_hidden_layers + predictions)
+    block_bytes += predictions * config.hidden_size * dtype.itemsize  # the states at the end of a block
     free = available_bytes(device)
     if engine.num_blocks is not None:
         if free is not None and engine.num_blocks * block_bytes > free:

@@ -84,6 +84,23 @@ def write_latents_fp8(
     interleaved: bool,
 ) -> None:
     """cache_write.write_latents into such a pool."""
+    turn_and_write_latents_fp8(projected[:, None, :0], projected, weight, eps, rotations, positions, slots, pool,
+                               projected[:, None, :0], interleaved)  # fmt: skip
+
+
+def turn_and_write_latents_fp8(
+    query: Tensor,
+    projected: Tensor,
+    weight: Tensor,
+    eps: float,
+    rotations: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    pool: Tensor,
+    absorbed: Tensor,
+    interleaved: bool,
+) -> None:
+    """cache_write.turn_and_write_latents into such a pool."""
     (tokens, width), rank, pairs = projected.shape, len(weight), rotations.shape[1]
     require_rows(projected, rotations, positions, slots, pool, torch.uint8)
     if rank + 2 * pairs != width or pool.shape[2] != rank + 4 * pairs + TAIL:
@@ -91,23 +108,30 @@ def write_latents_fp8(
             f"{width} columns were projected, {rank} of them latents, with {pairs} rotations; a row of the pool is "
             f"{pool.shape[2]} bytes"
         )
+    heads = query.shape[1] if query.shape[2] else 0
     if tokens:
         _write[(tokens,)](
-            projected, weight, torch.view_as_real(rotations), positions, slots, pool.view(torch.float8_e4m3fn),
-            pool.view(projected.dtype), pool.view(torch.float32), eps, projected.stride(0), RANK=rank,
-            RANK_PADDED=padded(rank), PAIRS=pairs, PAIRS_PADDED=padded(pairs), INTERLEAVED=interleaved, num_warps=4,
+            query, projected, weight, torch.view_as_real(rotations), positions, slots, pool.view(torch.float8_e4m3fn),
+            pool.view(projected.dtype), pool.view(torch.float32), absorbed, eps, projected.stride(0), query.stride(0),
+            query.stride(1), query.shape[2] - 2 * pairs, absorbed.stride(0), absorbed.stride(1), RANK=rank,
+            RANK_PADDED=padded(rank), PAIRS=pairs, PAIRS_PADDED=padded(pairs), HEADS=heads,
+            HEADS_PADDED=triton.next_power_of_2(max(heads, 1)), INTERLEAVED=interleaved, num_warps=4,
         )  # fmt: skip
 
 
 @triton.jit
 def _write(
-    projected, weight, rotations, positions, slots, latents, channels, factors, eps, projected_token,
-    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, PAIRS: tl.constexpr, PAIRS_PADDED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    query, projected, weight, rotations, positions, slots, latents, channels, factors, absorbed, eps, projected_token,
+    query_token, query_head, query_first, absorbed_token, absorbed_head, RANK: tl.constexpr,
+    RANK_PADDED: tl.constexpr, PAIRS: tl.constexpr, PAIRS_PADDED: tl.constexpr, HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     BYTES: tl.constexpr = RANK + 4 * PAIRS + 16
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
+    pair = tl.arange(0, PAIRS_PADDED)
+    cos, sin = angles(rotations, tl.load(positions + token).to(tl.int64), pair, PAIRS)
+    one, other = channels_of_pairs(pair, PAIRS, INTERLEAVED)
     if slot >= 0:
         c = tl.arange(0, RANK_PADDED)
         latent = tl.load(projected + token * projected_token + c, mask=c < RANK, other=0.0).to(tl.float32)
@@ -117,11 +141,11 @@ def _write(
         factor = tl.where(largest == 0.0, 1.0, tl.maximum(largest * (1.0 / 448.0), 1.1754943508222875e-38))
         tl.store(latents + slot * BYTES + c, (latent / factor).to(tl.float8e4nv), mask=c < RANK)
         tl.store(factors + slot * (BYTES // 4) + (RANK + 4 * PAIRS) // 4, factor)
-        pair = tl.arange(0, PAIRS_PADDED)
-        cos, sin = angles(rotations, tl.load(positions + token).to(tl.int64), pair, PAIRS)
-        one, other = channels_of_pairs(pair, PAIRS, INTERLEAVED)
         turn_heads(projected + token * projected_token + RANK, channels + slot * (BYTES // 2) + RANK // 2, cos, sin,
                    one, other, pair < PAIRS, 0, 0, 1, 1)  # fmt: skip
+    if HEADS > 0:
+        turn_heads(query + token * query_token + query_first, absorbed + token * absorbed_token + RANK, cos, sin,
+                   one, other, pair < PAIRS, query_head, absorbed_head, HEADS, HEADS_PADDED)  # fmt: skip
 
 
 @triton.jit

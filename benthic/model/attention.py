@@ -120,7 +120,8 @@ class LatentAttention(nn.Module):
     def _expanded(self, query: Tensor, pages: Pages, index: int) -> Tensor:
         """Values [n, H, V] of one sequence's queries [n, H, N + R], over keys and values of all its rows."""
         length = pages.totals[index]
-        stored = ops.gather_rows(pages.pools[self.layer], pages.tables[index : index + 1], length)[:, pages.first :]
+        where = (pages.pools[self.layer], pages.tables[index : index + 1], length)
+        stored = ops.gather_latents(*where, self.rank, query.dtype)[:, pages.first :]
         latent, rotary_key = stored.split_with_sizes((self.rank, self.rotary_width), -1)  # [1, L, C], [1, L, R]
         expanded = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
         key, value = expanded.split_with_sizes((self.key_width, self.value_width), -1)

@@ -5,21 +5,66 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
+from benthic.config.engine import CacheStorage
 from benthic.config.model import ModelConfig
+from benthic.errors import ConfigError
+
+FACTOR_BYTES = 16
+"""Of a row in FP8: a float32 factor, filled up so that rows begin at 16 bytes."""
+
+
+class RowFormat(NamedTuple):
+    """How a token's row of one layer is stored."""
+
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one row."""
+        return self.width * self.dtype.itemsize
+
+
+def row_format(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, storage: CacheStorage = "plain"
+) -> RowFormat:
+    """Rows as `Cache` keeps them, in a model's `dtype`; or bytes, latents in e4m3 with a factor for each row
+    (numerics/reference/paged_latent_attention_fp8.py). Raises ConfigError where these do not fit."""
+    if storage == "plain":
+        return RowFormat(config.cache_width, dtype)
+    if not config.kv_lora_rank:
+        raise ConfigError(
+            f"a float8 cache keeps latents; this model's attention is {config.attention_kind}",
+            hint="leave cache at 'plain'",
+        )
+    if device.type == "cuda" and (dtype.itemsize != 2 or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise ConfigError(
+            f"a float8 cache needs a GPU of sm_89 or newer and a model of 16 bits; this is one of {dtype} on "
+            f"{torch.cuda.get_device_name(device)}",
+            hint="leave cache at 'plain', or load the model in torch.bfloat16",
+        )
+    width = config.kv_lora_rank + config.qk_rope_head_dim * dtype.itemsize + FACTOR_BYTES
+    if width % 16:
+        raise ConfigError(
+            f"kv_lora_rank {config.kv_lora_rank} and qk_rope_head_dim {config.qk_rope_head_dim} make rows of {width} "
+            "bytes; a float8 cache needs a multiple of 16",
+            hint="leave cache at 'plain'",
+        )
+    return RowFormat(width, torch.uint8)
 
 
 def make_pools(
-    config: ModelConfig, blocks: int, block_size: int, device: torch.device | str, dtype: torch.dtype, layers: int
-) -> list[Float[Tensor, "{blocks} {block_size} cache_width"]]:
-    """Empty pools of the first `layers` layers, prediction layers behind the main ones. A row is what `Cache` keeps."""
-    shape = (blocks, block_size, config.cache_width)
+    row: RowFormat, blocks: int, block_size: int, device: torch.device | str, layers: int
+) -> list[Shaped[Tensor, "{blocks} {block_size} row"]]:
+    """Empty pools of the first `layers` layers, prediction layers behind the main ones."""
     # Zeros, not what the memory held: a NaN there would reach others through a weight of 0.
-    return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+    return [torch.zeros(blocks, block_size, row.width, device=device, dtype=row.dtype) for _ in range(layers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +76,7 @@ class Pages:
     sequence, and keys before position `first` do not exist.
     """
 
-    pools: Sequence[Float[Tensor, "blocks block width"]]
+    pools: Sequence[Shaped[Tensor, "blocks block row"]]
     counts: tuple[int, ...]
     totals: tuple[int, ...]
     bounds: tuple[int, ...]

@@ -174,9 +174,17 @@ def distributions(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 def pick(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
     """Token ids int64 [B]: where the cumulated `probabilities` [B, V] pass each of `uniforms`."""
     cumulated = probabilities.cumsum(-1, dtype=torch.float64)
-    target = torch.tensor(uniforms, dtype=torch.float64, device=probabilities.device)[:, None] * cumulated[:, -1:]
+    target = to_device(uniforms, torch.float64, probabilities.device)[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, target, right=True)[:, 0]
 
 
-def _column(values: Sequence[float | int], logits: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+def _column(values: Sequence[float] | Sequence[int], logits: Tensor) -> Tensor:
+    return to_device(values, torch.float32, logits.device)[:, None]
+
+
+def to_device(numbers: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor [n] for what is launched next. From ordinary memory the host would wait until a
+    GPU has done all that was launched before."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -4,10 +4,17 @@ from benthic.ops.attention import absorbed_attention, attention, causal_mask, do
 from benthic.ops.cache_write import turn_and_write_keys, turn_and_write_latents
 from benthic.ops.expert_decode import few_token_experts
 from benthic.ops.experts import routed_experts
+from benthic.ops.float8_storage import experts_from_float8, linear_from_float8
 from benthic.ops.latent_heads import latent_heads
 from benthic.ops.linear_cross_entropy import linear_cross_entropy
 from benthic.ops.norm import add_rms_norm, rms_norm
-from benthic.ops.paged_attention import absorbed_paged_attention, gather_rows, paged_attention, write_rows
+from benthic.ops.paged_attention import (
+    absorbed_paged_attention,
+    gather_latents,
+    gather_rows,
+    paged_attention,
+    write_rows,
+)
 from benthic.ops.rotary import RotaryTable, rotary
 from benthic.ops.route import Routing, route, router_logits
 from benthic.ops.swiglu import swiglu
@@ -21,10 +28,13 @@ __all__ = [
     "attention",
     "causal_mask",
     "document_mask",
+    "experts_from_float8",
     "few_token_experts",
+    "gather_latents",
     "gather_rows",
     "latent_heads",
     "linear_cross_entropy",
+    "linear_from_float8",
     "paged_attention",
     "rms_norm",
     "rotary",

@@ -7,9 +7,10 @@ together. No gradients.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Complex64, Float, Int
+from jaxtyping import Complex64, Float, Int, Shaped
 from torch import Tensor
 
+from benthic.numerics.reference.paged_latent_attention_fp8 import pack
 from benthic.ops.norm import rms_norm
 from benthic.ops.paged_attention import write_rows
 from benthic.ops.rotary import rotary
@@ -23,7 +24,7 @@ def turn_and_write_latents(
     rotations: Complex64[Tensor, "positions pairs"],
     positions: Int[Tensor, " tokens"],
     slots: Int[Tensor, " tokens"],
-    pool: Float[Tensor, "blocks block width"],
+    pool: Shaped[Tensor, "blocks block row"],
     absorbed: Float[Tensor, "tokens heads width"],
     interleaved: bool,
 ) -> None:
@@ -31,8 +32,17 @@ def turn_and_write_latents(
 
     A row is the latent, normalised with `weight` [C], and the key, turned by rotations[positions[t]]; it goes to slot
     slots[t] (row slot % block of block slot // block), nowhere if that is negative. The first C channels of `absorbed`
-    stay as they are: they are a matrix product's.
+    stay as they are: they are a matrix product's. A pool of bytes takes rows as `pack` makes them
+    (numerics/reference/paged_latent_attention_fp8.py).
     """
+    in_float8 = pool.dtype == torch.uint8
+    if projected.is_cuda and in_float8:
+        from benthic.kernels import paged_latent_attention_fp8
+
+        paged_latent_attention_fp8.turn_and_write_latents_fp8(
+            query, projected, weight, eps, rotations, positions, slots, pool, absorbed, interleaved
+        )
+        return
     if projected.is_cuda:
         from benthic.kernels import cache_write
 
@@ -45,7 +55,8 @@ def turn_and_write_latents(
     both = torch.cat((query[..., query.shape[2] - 2 * table.shape[1] :], projected[:, None, rank:]), 1)
     turned = rotary(both[None], table, interleaved)[0]  # [T, H + 1, R]
     absorbed[..., rank:] = turned[:, :heads]
-    write_rows(pool, torch.cat((rms_norm(projected[:, :rank], weight, eps), turned[:, heads]), -1), slots)
+    rows = torch.cat((rms_norm(projected[:, :rank], weight, eps), turned[:, heads]), -1)
+    write_rows(pool, pack(rows, rank) if in_float8 else rows, slots)
 
 
 def turn_and_write_keys(

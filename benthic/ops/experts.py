@@ -7,7 +7,7 @@ order of its choices: the same result on every run, whatever the load.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ def _inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
-def _one_token(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def _one_token(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Stack, down_proj: Stack) -> Tensor:
     """Decoding one sequence: K matrix-vector products and nothing to sort."""
     token, chosen = x[0], experts[0].tolist()
     gate, up = torch.stack([torch.mv(gate_up_proj[expert], token) for expert in chosen]).chunk(2, -1)  # [K, F]
@@ -165,18 +165,7 @@ class _ExpertLoop(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
     ) -> Tensor:
-        chosen = experts.flatten()
-        order = chosen.argsort(stable=True)
-        counts = chosen.bincount(minlength=len(gate_up_proj)).tolist()
-        tokens = order // experts.shape[1]
-        hidden = x.new_empty(len(order), gate_up_proj.shape[1])
-        out = x.new_empty(len(order), x.shape[1])
-        for expert, rows in _loaded(counts):
-            mine = hidden[rows]
-            torch.mm(x.index_select(0, tokens[rows]), gate_up_proj[expert].t(), out=mine)
-            gate, up = mine.chunk(2, -1)
-            torch.mm(F.silu(gate).mul_(up), down_proj[expert].t(), out=out[rows])
-        places = _inverse(order).view_as(experts)
+        out, order, tokens, places, hidden, counts = _by_expert(x, experts, gate_up_proj, down_proj)
         ctx.save_for_backward(x, weights, gate_up_proj, down_proj, order, tokens, places, hidden)
         ctx.counts = counts
         return _sum_choices(out, places, weights)
@@ -208,6 +197,51 @@ class _ExpertLoop(torch.autograd.Function):
             torch.mm(grad_hidden.t(), inputs, out=grad_gate_up[expert])
             torch.mm(grad_hidden, gate_up_proj[expert], out=grad_rows[rows])
         return _sum_choices(grad_rows, places, None), None, grad_weights[places], grad_gate_up, grad_down
+
+
+@runtime_checkable
+class Stack(Protocol):
+    """Matrices one for each expert: a tensor [E, O, I], or what makes them when they are asked for."""
+
+    def __getitem__(self, expert: int, /) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+def experts_one_by_one(
+    x: Float[Tensor, "tokens width"],
+    experts: Int64[Tensor, "tokens chosen"],
+    weights: Float32[Tensor, "tokens chosen"],
+    gate_up_proj: Stack,
+    down_proj: Stack,
+) -> Float[Tensor, "tokens width"]:
+    """routed_experts without gradients, asking for one expert's matrices at a time, and for those with tokens alone."""
+    if len(x) == 1:
+        return _one_token(x, experts, weights, gate_up_proj, down_proj)
+    out, _, _, places, _, _ = _by_expert(x, experts, gate_up_proj, down_proj)
+    return _sum_choices(out, places, weights)
+
+
+def _by_expert(
+    x: Tensor, experts: Tensor, gate_up_proj: Stack, down_proj: Stack
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """Results of all choices sorted by expert [T K, D], the sort's order and tokens, where each choice went, the first
+    product's result [T K, 2F], and how many each expert has."""
+    chosen = experts.flatten()
+    order = chosen.argsort(stable=True)
+    counts = chosen.bincount(minlength=len(gate_up_proj)).tolist()
+    tokens = order // experts.shape[1]
+    hidden, out = None, x.new_empty(len(order), x.shape[1])
+    for expert, rows in _loaded(counts):
+        first = gate_up_proj[expert]
+        if hidden is None:
+            hidden = x.new_empty(len(order), len(first))
+        mine = hidden[rows]
+        torch.mm(x.index_select(0, tokens[rows]), first.t(), out=mine)
+        gate, up = mine.chunk(2, -1)
+        torch.mm(F.silu(gate).mul_(up), down_proj[expert].t(), out=out[rows])
+    hidden = x.new_empty(0, 0) if hidden is None else hidden
+    return out, order, tokens, _inverse(order).view_as(experts), hidden, counts
 
 
 def _loaded(counts: list[int]) -> Iterator[tuple[int, slice]]:

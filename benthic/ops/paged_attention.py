@@ -15,12 +15,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Bool, Float, Int32, Int64, Shaped
 from torch import Tensor
+
+from benthic.numerics.reference.paged_latent_attention_fp8 import unpack
 
 
 def write_rows(
-    pool: Float[Tensor, "blocks block width"], rows: Float[Tensor, "tokens width"], slots: Int64[Tensor, " tokens"]
+    pool: Shaped[Tensor, "blocks block width"], rows: Shaped[Tensor, "tokens width"], slots: Int64[Tensor, " tokens"]
 ) -> None:
     """Store `rows` in the pool; slot s is row s % block of block s // block. Negative ones, which come
     last, are written nowhere."""
@@ -31,8 +33,8 @@ def write_rows(
 
 
 def gather_rows(
-    pool: Float[Tensor, "blocks block width"], tables: Int32[Tensor, "sequences max_blocks"], length: int
-) -> Float[Tensor, "sequences {length} width"]:
+    pool: Shaped[Tensor, "blocks block width"], tables: Int32[Tensor, "sequences max_blocks"], length: int
+) -> Shaped[Tensor, "sequences {length} width"]:
     """The first `length` rows of each sequence; beyond a sequence's own length they are whatever its blocks hold."""
     blocks = -(-length // pool.shape[1])
     if len(tables) == 1 and not tables.is_cuda:
@@ -44,9 +46,21 @@ def gather_rows(
     return rows.view(len(tables), -1, pool.shape[-1])[:, :length]
 
 
+def gather_latents(
+    pool: Shaped[Tensor, "blocks block row"],
+    tables: Int32[Tensor, "sequences max_blocks"],
+    length: int,
+    rank: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "sequences {length} latent_and_rotary"]:
+    """gather_rows of latents [C] with their rotated keys [R], as numbers of `dtype` where the pool holds bytes."""
+    rows = gather_rows(pool, tables, length)
+    return unpack(rows, rank, dtype).to(dtype) if rows.dtype == torch.uint8 else rows
+
+
 def absorbed_paged_attention(
     query: Float[Tensor, "tokens heads latent_and_rotary"],
-    pool: Float[Tensor, "blocks block latent_and_rotary"],
+    pool: Shaped[Tensor, "blocks block row"],
     tables: Int32[Tensor, "sequences max_blocks"],
     starts: Int32[Tensor, " sequences+1"],
     lengths: Int32[Tensor, " sequences"],
@@ -56,8 +70,14 @@ def absorbed_paged_attention(
 ) -> Float[Tensor, "tokens heads {rank}"]:
     """Latent attention of queries that were moved into the latent space and rotated (DeepSeek-V2, section 2.1.2).
 
-    A row of the pool is a latent [C], then a rotated key [R]; the result is a latent for each head.
+    A row of the pool is a latent [C], then a rotated key [R], or their bytes where the latent is kept in FP8
+    (numerics/reference/paged_latent_attention_fp8.py); the result is a latent for each head.
     """
+    if query.is_cuda and pool.dtype == torch.uint8:
+        from benthic.kernels import paged_latent_attention_fp8
+
+        where = (pool, tables, starts, lengths)
+        return paged_latent_attention_fp8.absorbed_paged_attention_fp8(query, *where, scale, rank, first)
     if query.is_cuda:
         from benthic.kernels import paged_latent_attention as kernel
 
@@ -65,6 +85,8 @@ def absorbed_paged_attention(
     parts = []
     for part, rows, count, totals in _alike(starts, lengths):
         keys = _known_rows(pool, tables[part], totals)[:, first:]  # [b, L, C + R]
+        if keys.dtype == torch.uint8:
+            keys = unpack(keys, rank, query.dtype).type_as(query)
         queries = query[rows].view(len(keys), -1, query.shape[-1])  # [b, n H, C + R]
         scores = torch.bmm(queries, keys.transpose(1, 2)).float() * scale  # [b, n H, L]
         mask = _visible(lengths[part] - first, count, keys.shape[1])

@@ -153,7 +153,7 @@ class Served:
     def _add(self, order: Add) -> None:
         try:
             params = SamplingParams(**msgspec.structs.asdict(order.sampling))
-            ids = self._engine.add_request(order.prompt, params, salt=order.salt)
+            ids = self._engine.add_request(order.prompt, params, salt=order.salt, owner=order.owner)
         except (RequestError, ConfigError) as error:
             return self._channel.send(Refused(order.request, str(error)))
         except CapacityError as error:
@@ -205,6 +205,8 @@ def _load(start: Start) -> tuple[Engine, Ready]:
     settings = EngineConfig(**start.settings)
     engine = Engine(start.folder, start.device, start.speculative, dtype=dtype, settings=settings)
     config, weight = engine.model.config, engine.model.head_weight
+    held = [*engine.model.parameters(), *engine.model.buffers()]
+    dtypes = {one.dtype for one in held} & {weight.dtype, torch.float8_e4m3fn}
     return engine, Ready(
         vocabulary=config.vocab_size,
         positions=config.max_position_embeddings,
@@ -213,8 +215,10 @@ def _load(start: Start) -> tuple[Engine, Ready]:
         drafts=engine.scheduler.draft_tokens,
         max_sequences=settings.max_sequences,
         device=str(weight.device),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=" and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
         load_seconds=time.monotonic() - began,
+        weight_bytes=sum(one.nbytes for one in held),
+        token_bytes=sum(pool[0, 0].nbytes for pool in engine.runner.pools),
     )
 
 

@@ -49,12 +49,19 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):
-    """A prompt to answer, sampling.n times. `request` is the server's number for it."""
+    """A prompt to answer, sampling.n times. `request` is the server's number for it; see Engine.add_request for the
+    rest."""
 
     request: int
     prompt: list[int]
     sampling: Sampling
     salt: str
+
+    @property
+    def owner(self) -> str:
+        """Whose key the request came with: a salt begins with that, and who makes up more salts gets no larger share
+        of the cache."""
+        return self.salt.partition(":")[0]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -67,7 +74,8 @@ Order = Start | Add | Cancel
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The model is loaded. Texts have at most `positions` tokens."""
+    """The model is loaded. Texts have at most `positions` tokens, each `token_bytes` of cache; `dtype` is that of the
+    weights, or both where some are in float8."""
 
     vocabulary: int
     positions: int
@@ -78,6 +86,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     device: str
     dtype: str
     load_seconds: float
+    weight_bytes: int
+    token_bytes: int
 
     @property
     def longest(self) -> int:

@@ -31,6 +31,20 @@ def test_the_longest_unused_block_is_given_up_first_and_ends_before_beginnings()
     pool.check([first, second])
 
 
+def test_who_fills_the_cache_gives_up_blocks_of_his_own():
+    pool = BlockPool(8)
+    names = {"quiet": [chain(salted("q"), [n]) for n in range(3)], "loud": [chain(salted("l"), [n]) for n in range(40)]}
+    for owner, digests in names.items():
+        for digest in digests:
+            block = pool.take()
+            pool.publish(block, digest, owner)
+            pool.release([block])
+            pool.check()
+    assert all(pool.find(digest) is not None for digest in names["quiet"])
+    assert sum(pool.find(digest) is not None for digest in names["loud"]) == 5
+    assert [pool.find(digest) is not None for digest in names["loud"][-5:]] == [True] * 5
+
+
 def test_a_found_block_counts_its_holders():
     pool = BlockPool(2)
     block, digest = pool.take(), chain(salted(""), [7])
@@ -71,7 +85,7 @@ def test_no_order_of_calls_loses_a_block(calls):
             pool.share(found)
             mine.append(found)
         elif call == "p" and mine:
-            pool.publish(mine[-1], digest)
+            pool.publish(mine[-1], digest, "xy"[number % 2])
         elif call == "r":
             pool.release(mine)
             mine.clear()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import benthic
 from benthic.config.engine import EngineConfig
-from benthic.errors import CapacityError, RequestError
+from benthic.errors import CapacityError, ConfigError, RequestError
+from benthic.inference import sizing
 from benthic.inference.answer import Answer
 from benthic.inference.engine import Engine
 from benthic.inference.generate import generate, generate_text
@@ -20,6 +21,7 @@ from benthic.model.sampling import SamplingParams
 from benthic.numerics.compare import assert_close
 from benthic.text import train_tokenizer
 from tests.model.configs import CONFIGS, randomised, tiny, tokens
+from tests.model.test_float8_storage import given_back
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0)
 PREDICTING = [name for name in CONFIGS if CONFIGS[name].get("num_nextn_predict_layers")]
@@ -81,11 +83,17 @@ Schedule = st.fixed_dictionaries(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(Schedule)
 def test_any_schedule_gives_the_plain_answers_and_keeps_the_pool_whole(schedule):
+    run(schedule)
+
+
+def run(schedule, prepare=lambda engine: None):
+    """Let a fresh engine, once `prepare` has seen it, work through a schedule, and check every step and answer."""
     schedule = dict(schedule)
     requests, speculative, spare = (schedule.pop(name) for name in ("requests", "speculative", "spare"))
     # Just enough for the longest alone, and sometimes more: blocks run out often.
     blocks = -(-(12 + 12 + 4) // schedule["block_size"]) + spare
     engine = Engine(MODEL, speculative=speculative, settings=EngineConfig(num_blocks=blocks, **schedule))
+    prepare(engine)
     arrivals = sorted(enumerate(requests), key=lambda pair: pair[1][3])
     open_, answers, ends, step = {}, {}, {}, 0
     while arrivals or engine.has_work:
@@ -133,6 +141,53 @@ def test_log_probabilities_are_those_of_the_whole_sequence(name, chunk, speculat
             best = expected[place].topk(len(alternatives))
             assert list(alternatives) == best.indices.tolist()
             assert_close(torch.tensor(list(alternatives.values())), best.values, "model_fp32")
+
+
+NARROW = {"kv_lora_rank": 32, "hidden_size": 32, "moe_intermediate_size": 128, "intermediate_size": 32}
+NARROW |= {"q_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
+
+@pytest.mark.usefixtures("_as_a_user")
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize(("weights", "cache"), [("float8", "plain"), ("plain", "float8"), ("float8", "float8")])
+def test_fp8_answers_depend_on_no_schedule_and_agree_with_plain_ones(weights, cache, speculative, make_engine):
+    config = tiny(**CONFIGS["v3"] | NARROW)
+    model = randomised(config)
+    plain = given_back(model) if weights == "float8" else randomised(config)
+    prompts, storage = prompts_of(config, [1, 3, 8, 17, 40, 4]), {"weights": weights, "cache": cache}
+    params = SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=0)
+    alone = make_engine(model, num_blocks=1, block_size=64, **storage)
+    expected = [done for prompt in prompts for done in alone.generate([prompt], params)]
+    engine = make_engine(model, speculative, block_size=4, num_blocks=14, max_step_tokens=16, **storage)
+    for one, theirs in zip(engine.generate(prompts, params), expected, strict=True):
+        assert one.token_ids == theirs.token_ids
+        # Sums in another order round here and there a latent the other way.
+        bound = 1e-4 if cache == "plain" else 2e-2
+        assert one.logprobs == pytest.approx(theirs.logprobs, abs=bound)
+        with torch.no_grad():
+            exact = plain(torch.tensor([one.prompt_token_ids + one.token_ids]))[0].log_softmax(-1)[:-1]
+        ids = torch.tensor(one.prompt_token_ids[1:] + one.token_ids)
+        found, exact = torch.tensor(one.prompt_logprobs[1:] + one.logprobs), exact.gather(-1, ids[:, None])[:, 0]
+        if cache == "plain":
+            assert_close(found, exact, "model_fp32")
+        else:
+            # Where rounding sends a token to another expert, numbers of a model this small jump.
+            assert 0 < (found - exact).abs().median() < 0.2
+    assert engine.scheduler.preemptions
+
+
+def test_blocks_of_an_fp8_cache_are_counted_as_they_are(make_engine, monkeypatch):
+    config = tiny(**CONFIGS["v3"] | NARROW)
+    model = randomised(config)
+    monkeypatch.setattr(sizing, "available_bytes", lambda device: 1_000_000)
+    for cache, speculative in (("plain", False), ("float8", False), ("float8", True)):
+        engine = make_engine(model, speculative, cache=cache, block_size=64, max_sequences=10_000)
+        taken = sum(pool.nbytes for pool in engine.runner.pools)
+        if speculative:
+            taken += engine._drafter.ends.nbytes
+        assert engine.pool.size == int(1_000_000 * 0.8) // (taken // engine.pool.size)
+    with pytest.raises(ConfigError, match="a float8 cache keeps latents; this model's attention is gqa"):
+        make_engine(randomised(tiny(num_key_value_heads=2)), cache="float8")
 
 
 def test_a_prefix_found_in_the_cache_changes_nothing_but_the_work(make_engine):
@@ -391,7 +446,7 @@ def test_prompts_are_a_list(prompts, make_engine):
 
 @pytest.mark.parametrize("order", [{"priority": 0.5}, {"priority": "high"}, {"salt": None}])
 def test_an_order_of_the_wrong_type_is_refused(order, make_engine):
-    with pytest.raises(RequestError, match="a priority is a whole number and a salt is text"):
+    with pytest.raises(RequestError, match="a priority is a whole number, a salt and an owner are text"):
         make_engine(randomised(tiny(**CONFIGS["v3"])), num_blocks=4).add_request([1], GREEDY, **order)
 
 

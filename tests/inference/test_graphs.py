@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from torch.utils._pytree import tree_leaves
 
 from benthic.config.engine import EngineConfig
 from benthic.inference import graphs
@@ -13,6 +15,7 @@ from benthic.inference.generate import generate
 from benthic.inference.graphs import _Inputs, _rounded, suits
 from benthic.model.sampling import SamplingParams
 from benthic.numerics.compare import assert_close
+from tests.inference.test_engine import Schedule, run
 from tests.model.configs import CONFIGS, randomised, tiny, tokens
 
 
@@ -30,7 +33,7 @@ def test_drafts_suit_a_graph_and_prompts_do_not():
 
 
 def test_added_rows_are_written_nowhere_and_see_nothing():
-    inputs = _Inputs((4, 3, 8), [torch.zeros(20, 4, 5)], 4, 0, 6)
+    inputs = _Inputs((4, 3, 8), [torch.zeros(20, 4, 5)], 4, 0, torch.zeros(4, 6))
     blocks = [[9, 3], [7]]
     inputs.fill([Stretch([11], 5, blocks[0]), Stretch([12, 13], 1, blocks[1])], torch.ones(3, 6))
     pages = inputs.pages
@@ -53,14 +56,77 @@ def test_added_rows_are_written_nowhere_and_see_nothing():
 
 
 class Replayed:
-    """Stands in for a captured graph where there is no GPU: a replay computes from the same tensors again."""
+    """Stands in for a captured graph where there is no GPU: a replay computes from the same tensors again, and leaves
+    its results where the last one's were."""
 
     def __init__(self, call, inputs, memory):
         self.inputs, self.graph = inputs, self
         self._call = lambda: call(inputs.tokens, inputs.known, inputs.pages)
+        self.result = self._call()
 
     def replay(self):
-        self.result = self._call()
+        for target, found in zip(tree_leaves(self.result), tree_leaves(self._call()), strict=True):
+            target.copy_(found)
+
+
+@pytest.mark.usefixtures("_as_a_user")
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(schedule=Schedule)
+def test_steps_that_begin_before_the_last_ones_tokens_are_read_change_no_answer(schedule):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "_Captured", Replayed)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        run(schedule, lambda engine: setattr(engine.runner, "_graphs", engine.runner._capturable()))
+
+
+@pytest.mark.usefixtures("_as_a_user")
+def test_decoding_runs_one_step_ahead_and_what_needs_more_does_not(make_engine, monkeypatch):
+    monkeypatch.setattr(graphs, "_Captured", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model = randomised(tiny(**CONFIGS["v3"]))
+    greedy = SamplingParams(max_tokens=20, temperature=0)
+    for params, runs_ahead in (
+        (greedy, True),
+        (greedy.replace(temperature=0.7, top_p=0.9, seed=3), True),
+        (greedy.replace(logprobs=2), False),
+        (greedy.replace(frequency_penalty=0.5), False),
+    ):
+        engine = make_engine(model, block_size=4, num_blocks=40)
+        engine.runner._graphs = engine.runner._capturable()
+        (first,) = engine.add_request([1, 2, 3], params)
+        (second,) = engine.add_request([4, 5], params.replace(max_tokens=7))
+        found, ahead = {first: [], second: []}, 0
+        while engine.has_work:
+            for event in engine.step():
+                found[event.request_id] += event.token_ids
+            ahead += engine._flight is not None
+            engine.check()
+        assert (ahead > 15) == runs_ahead == (ahead > 0)
+        plain = make_engine(model, num_blocks=40)
+        expected = plain.generate([[1, 2, 3], [4, 5]], [params, params.replace(max_tokens=7)])
+        assert list(found.values()) == [one.token_ids for one in expected]
+
+
+@pytest.mark.usefixtures("_as_a_user")
+def test_an_answer_that_ends_while_its_next_step_is_under_way_ends_there(make_engine, monkeypatch):
+    monkeypatch.setattr(graphs, "_Captured", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    config = tiny(**CONFIGS["v3"])
+    model, params = randomised(config), SamplingParams(max_tokens=20, temperature=0)
+    ids = list(generate(model, [1, 2, 3], params))
+    engine = make_engine(model, block_size=4, num_blocks=40)
+    engine.runner._graphs = engine.runner._capturable()
+    stopping = params.replace(stop_token_ids=(ids[6],))
+    ended, whole = engine.generate([[1, 2, 3], [1, 2, 3]], [stopping, params])
+    assert (ended.token_ids, ended.finish_reason) == (ids[: ids.index(ids[6])], "stop")
+    assert whole.token_ids == ids
+    (request_id,) = engine.add_request([1, 2, 3], params)
+    for _ in range(3):
+        engine.step()
+    assert engine.cancel(request_id).token_ids == ids[:3]
+    engine.check()
+    assert not engine.has_work
+    assert engine.generate([[1, 2, 3]], params)[0].token_ids == ids
 
 
 @pytest.mark.usefixtures("_as_a_user")

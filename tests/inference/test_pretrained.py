@@ -16,6 +16,8 @@ from tests.model.families import FAMILIES, VOCABULARY, oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+WIDE = TINY.replace(moe_intermediate_size=128)
+
 
 def tokens(vocabulary=VOCABULARY):
     return torch.randint(0, vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -104,6 +106,47 @@ def test_transformers_dequantises_our_fp8_to_the_same_model(tmp_path, power_of_t
     for name, tensor in ours.state_dict().items():
         rounded = tensor.bfloat16().float() if state[name].dtype == torch.bfloat16 else tensor
         assert_close(state[name].float(), rounded, "operation_fp32", name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["fp32", "fp8"])
+def test_matrices_stay_in_fp8_and_give_the_numbers_of_an_fp8_folder(tmp_path, weights):
+    model = LanguageModel(WIDE).eval()
+    initialise(model, seed=3)
+    for name in ("fp8", weights):
+        benthic.save_model(model, tmp_path / name, weights=name)
+    expected = benthic.load_model(tmp_path / "fp8", dtype=torch.float32)
+    narrow = pretrained.load_model(tmp_path / weights, dtype=torch.float32, weights="float8")
+    held = [*narrow.parameters(), *narrow.buffers()]
+    assert sum(one.nbytes for one in held) == pretrained.weight_bytes(WIDE, torch.float32, True)
+    assert (
+        sum(one.nbytes for one in expected.parameters())
+        == pretrained.weight_bytes(WIDE, torch.float32, False) - 2 * 4 * 4
+    )
+    for name, scale in narrow.named_buffers():
+        if name.endswith("_scale_inv"):
+            assert narrow.get_parameter(name.removesuffix("_scale_inv")).dtype == torch.float8_e4m3fn, name
+            assert scale.isfinite().all()
+    if weights == "fp8":
+        assert_close(narrow(tokens(61)), expected(tokens(61)), "model_fp32")
+    else:
+        # kv_b_proj was never rounded.
+        assert 0 < (narrow(tokens(61)) - expected(tokens(61))).norm() < 0.08 * expected(tokens(61)).norm()
+
+
+def test_what_was_chosen_for_fp8_weights_is_told(tmp_path, caplog):
+    model = LanguageModel(WIDE).eval()
+    initialise(model, seed=3)
+    benthic.save_model(model, tmp_path, weights="fp8")
+    with caplog.at_level("INFO", logger="benthic"):
+        plain = pretrained.load_model(tmp_path, weights="auto")
+    assert (
+        "weights: stored in float8, given back in torch.bfloat16: a processor multiplies float32 faster" in caplog.text
+    )
+    assert {one.dtype for one in plain.parameters()} == {torch.bfloat16}
+    narrow = pretrained.load_model(tmp_path, weights="float8")
+    with pytest.raises(CheckpointError, match=r"unknown: .*_scale_inv"):
+        benthic.save_model(narrow, tmp_path / "again")
 
 
 def test_dtype_defaults_to_the_one_of_config_json(tmp_path, model):

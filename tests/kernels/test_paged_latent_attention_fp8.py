@@ -83,6 +83,20 @@ def test_written_rows_give_back_what_was_projected(device):
     torch.testing.assert_close(actual[:, 64:], expected[:, 64:], rtol=1e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_queries_turn_as_the_reference_turns_them(interleaved, device):
+    projected, weight = random(9, 64 + 16, seed=0, device=device), random(64, seed=5, device=device)
+    query = random(9, 6, 24 + 16, seed=6, device=device)
+    pools = [torch.full((4, 16, 64 + 32 + 16), 7, dtype=torch.uint8, device=device) for _ in range(2)]
+    absorbed = [torch.full((9, 6, 64 + 16), 7.0, dtype=DTYPE, device=device) for _ in range(2)]
+    for module, pool, turned in zip((kernels, reference), pools, absorbed, strict=True):
+        arguments = projected, weight, 1e-6, *places(9, 8, device), pool, turned, interleaved
+        module.turn_and_write_latents_fp8(query, *arguments)
+    torch.testing.assert_close(*absorbed, rtol=1e-2, atol=2e-3)
+    assert (absorbed[0][..., :64] == 7).all()
+    assert ((pools[0] == 7).all(2) == (pools[1] == 7).all(2)).all()
+
+
 def test_a_pool_of_another_row_is_named(device):
     _, (query, pool, *rest) = packed([1], [20], 4, 32, 16, 16, device)
     with pytest.raises(

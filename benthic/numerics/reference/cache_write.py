@@ -42,8 +42,20 @@ def turn_and_write_latents(
 ) -> None:
     """write_latents, and the query's last channels, turned, to the last ones of `absorbed`."""
     write_latents(projected, weight, eps, rotations, positions, slots, pool, interleaved)
-    turning = query[..., query.shape[2] - 2 * rotations.shape[1] :].float()
-    absorbed[..., len(weight) :] = _turned(turning, rotations, positions, interleaved).type_as(absorbed)
+    turn_queries(query, rotations, positions, absorbed, interleaved)
+
+
+def turn_queries(
+    query: Float[Tensor, "tokens heads query_width"],
+    rotations: Complex64[Tensor, "positions pairs"],
+    positions: Int[Tensor, " tokens"],
+    absorbed: Float[Tensor, "tokens heads width"],
+    interleaved: bool,
+) -> None:
+    """The last R channels of each query, turned, to the last R of `absorbed`."""
+    turning = 2 * rotations.shape[1]
+    turned = _turned(query[..., query.shape[2] - turning :].float(), rotations, positions, interleaved)
+    absorbed[..., absorbed.shape[2] - turning :] = turned.type_as(absorbed)
 
 
 def turn_and_write_keys(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Complex64, Float, Float32, Int, Int32, UInt8
 from torch import Tensor
 
-from benthic.numerics.reference.cache_write import write_latents
+from benthic.numerics.reference.cache_write import turn_queries, write_latents
 from benthic.numerics.reference.paged_latent_attention import absorbed_paged_attention
 
 
@@ -40,6 +40,23 @@ def absorbed_paged_attention_fp8(
     """absorbed_paged_attention over unpacked rows."""
     rows = unpack(pool, rank, query.dtype)
     return absorbed_paged_attention(query.float(), rows, tables, starts, lengths, scale, rank, first).type_as(query)
+
+
+def turn_and_write_latents_fp8(
+    query: Float[Tensor, "tokens heads query_width"],
+    projected: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, " rank"],
+    eps: float,
+    rotations: Complex64[Tensor, "positions pairs"],
+    positions: Int[Tensor, " tokens"],
+    slots: Int[Tensor, " tokens"],
+    pool: UInt8[Tensor, "blocks block bytes"],
+    absorbed: Float[Tensor, "tokens heads width"],
+    interleaved: bool,
+) -> None:
+    """write_latents_fp8, and the query's last channels, turned, to the last ones of `absorbed`."""
+    write_latents_fp8(projected, weight, eps, rotations, positions, slots, pool, interleaved)
+    turn_queries(query, rotations, positions, absorbed, interleaved)
 
 
 def write_latents_fp8(

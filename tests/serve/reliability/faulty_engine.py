@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from benthic.inference import drawing, runner
+from benthic.inference import drawing, engine, runner
 from benthic.inference.drawing import Drawn
 from benthic.inference.form import Form
 from benthic.inference.runner import Runner
 from benthic.serve import engine_process
 from benthic.text import Detokenizer
-from tests.serve.reliability.faults import due, pause, raises
+from tests.serve.reliability.faults import count_on_demand, due, pause, raises
 
 STEP_SECONDS = "BENTHIC_TEST_STEP_SECONDS"
 """How long a step takes at least: as on a GPU, the processor is free meanwhile."""
@@ -23,7 +23,7 @@ STEP_SECONDS = "BENTHIC_TEST_STEP_SECONDS"
 
 def patch() -> None:
     """Put the places in."""
-    compute, logits, draw = Runner.compute, Runner.logits, drawing.draw
+    compute, logits, read_draws = Runner.compute, Runner.logits, engine.read_draws
     step_seconds = float(os.environ.get(STEP_SECONDS, "0"))
 
     def faulty_compute(self: Runner, works: Any) -> runner.Computed:
@@ -42,18 +42,20 @@ def patch() -> None:
     def faulty_logits(self: Runner, hidden: torch.Tensor) -> torch.Tensor:
         return logits(self, hidden) * (1.0 if due("numbers") is None else torch.nan)
 
-    def faulty_draw(*arguments: Any) -> list[Drawn]:
-        drawn = draw(*arguments)
+    def faulty_read_draws(*arguments: Any) -> list[list[Drawn]]:
+        drawn = read_draws(*arguments)
         token = due("token")
-        return drawn if token is None else [one._replace(token=int(token)) for one in drawn]
+        return drawn if token is None else [[one._replace(token=int(token)) for one in each] for each in drawn]
 
     Runner.compute = raises("forward", faulty_compute)
     Runner.logits = faulty_logits
-    drawing.draw = raises("sampler", faulty_draw)
+    drawing._draw = raises("sampler", drawing._draw)
+    engine.read_draws = faulty_read_draws
     Form._mask = raises("grammar", Form._mask)
     Detokenizer.add = raises("detokeniser", Detokenizer.add)
 
 
 if __name__ == "__main__":
     patch()
+    count_on_demand()
     sys.exit(engine_process.main(int(sys.argv[1])))

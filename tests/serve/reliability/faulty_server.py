@@ -6,9 +6,10 @@ from pathlib import Path
 
 from benthic.cli.main import run
 from benthic.serve import completions, engine_client
-from tests.serve.reliability.faults import raises
+from tests.serve.reliability.faults import count_on_demand, raises
 
 if __name__ == "__main__":
     engine_client.ENGINE = (str(Path(__file__).with_name("faulty_engine.py")),)
     completions._Job._piece = raises("writer", completions._Job._piece)
+    count_on_demand()
     run()

@@ -81,7 +81,10 @@ async def ask(
     """One request on a connection of its own, to its end; or until `leaves` says so of what came, or after `patience`
     seconds. Who leaves `abrupt`ly resets the connection."""
     outcome = Outcome(began=time.monotonic())
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
+    except ConnectionRefusedError:
+        return outcome
     try:
         writer.write(head_of(path, json.dumps(body).encode(), key))
         async with asyncio.timeout(patience):
@@ -109,7 +112,7 @@ async def _read(reader: asyncio.StreamReader, outcome: Outcome, leaves: Callable
         outcome.body = json.loads(await reader.readexactly(int(outcome.headers["content-length"])))
         return
     rest = b""
-    while size := int(await reader.readline(), 16):
+    while size := int(await reader.readuntil(b"\n"), 16):
         rest += (await reader.readexactly(size + 2))[:-2]
         *whole, rest = rest.split(b"\n\n")
         for one in whole:

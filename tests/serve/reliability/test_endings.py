@@ -33,7 +33,7 @@ def is_port_free(port):
 
 async def on_their_way(server, then, count=4, **more):
     """Half of them streams; `then` happens once they run, and is followed by one that comes late."""
-    bodies = [LONG | {"stream": bool(number % 2)} | more for number in range(TIMES)]
+    bodies = [LONG | {"stream": bool(number % 2)} | more for number in range(count)]
     tasks = [asyncio.create_task(ask(server.port, PLAIN, body)) for body in bodies]
     await asyncio.to_thread(server.wait_for, lambda: server.metric("vllm:num_requests_running") == count)
     await asyncio.to_thread(then)

@@ -108,8 +108,15 @@ def mortal(start_faulty):
     server.stop()
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(5, marks=pytest.mark.long)])
-@pytest.mark.parametrize(("place", "times"), [("device", 1), ("forward", 3), ("exit", 1)])
+@pytest.mark.parametrize(
+    ("place", "times", "count"),
+    [
+        ("forward", 3, 1),
+        pytest.param("device", 1, 5, marks=pytest.mark.long),
+        pytest.param("forward", 3, 5, marks=pytest.mark.long),
+        pytest.param("exit", 1, 5, marks=pytest.mark.long),
+    ],
+)
 def test_an_engine_that_cannot_go_on_is_started_anew(place, times, count, mortal, tell):
     seconds = []
     for _ in range(count):
