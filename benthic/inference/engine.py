@@ -33,6 +33,7 @@ from benthic.inference.statistics import Statistics
 from benthic.log import logger
 from benthic.model import LanguageModel
 from benthic.model.float8_storage import store_in_float8
+from benthic.model.joined import join_projections
 from benthic.model.sampling import SamplingParams
 from benthic.text import Tokenizer
 from benthic.text.tokenizer import TOKENIZER_FILE
@@ -57,7 +58,8 @@ class Engine:
     """Text from the model of a published folder, or from a model in memory with its tokenizer.
 
     `speculative` drafts tokens with the model's prediction layers; a model without them decodes plainly, and the log
-    says so. Answers are the same either way. A model in memory whose weights are to be FP8 is changed in place.
+    says so. Answers are the same either way. A model in memory is laid out for inference in place: its
+    weights stay the same parameters, in FP8 where that is asked for.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Engine:
             model = load_model(folder, device, dtype, weights=self.settings.weights)
         elif self.settings.weights == "float8":
             store_in_float8(model)
+        join_projections(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self._draft_tokens = self._choose_draft_tokens(speculative)
         weight, drafts = model.head_weight, self._draft_tokens

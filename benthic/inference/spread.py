@@ -156,7 +156,7 @@ class SpreadEngine(Engine):
         """Take part in a step of the others, with no tokens of one's own."""
         nothing = torch.empty(1, 0, self.model.config.hidden_size, device=self.runner.device, dtype=self.runner.dtype)
         for layer in _expert_layers(self.model):
-            self.model.model.layers[layer].mlp(nothing)
+            self.model.get_submodule(f"model.layers.{layer}.mlp")(nothing)
 
     def _make_room(self, error: torch.OutOfMemoryError) -> None:
         """The others are in the middle of the step, so it cannot be taken back."""
