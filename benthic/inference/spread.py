@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,6 @@ class SpreadEngine(Engine):
         folder = Path(folder)
         try:
             model = _load(folder, device, dtype, settings, spare, loads)
-            self._counts = {layer: torch.zeros(model.config.n_routed_experts) for layer in _expert_layers(model)}
             tokenizer = Tokenizer.from_folder(folder) if (folder / TOKENIZER_FILE).is_file() else None
             plain = settings.replace(cuda_graphs=False, weights="auto")
             super().__init__(model, tokenizer=tokenizer, settings=plain)
@@ -133,23 +132,12 @@ class SpreadEngine(Engine):
             self._stand_by()
         return []
 
-    def measured_loads(self) -> dict[int, list[float]]:
+    def measured_loads(self) -> dict[int, list[int]]:
         """How many tokens each expert of each layer got so far, on all ranks; called by all."""
-        found = {}
-        for layer, counts in self._counts.items():
-            total = counts.clone()
+        counts = self.expert_load.counts()
+        for total in counts.values():
             dist.all_reduce(total, group=self._words)
-            found[layer] = total.tolist()
-        return found
-
-    def _begin(self, works: Any) -> Any:
-        flight = super()._begin(works)
-        if flight is not None:
-            for layer, routing in flight.computed.routing.items():
-                self._counts[layer] += torch.bincount(
-                    routing.experts.flatten(), minlength=len(self._counts[layer])
-                ).cpu()
-        return flight
+        return {layer: total.tolist() for layer, total in counts.items()}
 
     @torch.inference_mode()
     def _stand_by(self) -> None:
