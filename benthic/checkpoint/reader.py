@@ -10,7 +10,7 @@ one tensor in fp32 where it is quantised.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -122,43 +122,54 @@ def _in_file_order(checkpoint: Checkpoint) -> list[StoredTensor]:
 
 
 @torch.no_grad()
-def load_into(module: nn.Module, source: Checkpoint | str | Path) -> None:
+def load_into(
+    module: nn.Module,
+    source: Checkpoint | str | Path,
+    held: Mapping[str, Sequence[int]] | None = None,
+) -> None:
     """Fill the parameters and persistent buffers of `module` in place, whatever their device and dtype.
 
     The module's tensors are named and shaped as in the manifest. One in e4m3 has its factors in a buffer beside it,
     named as on disk: both are copied as they are stored, or quantised where they are stored otherwise. Copies of
     embedding and head that prediction layers store are compared with the originals: a difference is logged, because
-    benthic shares them.
+    benthic shares them. `held` names stacks of experts that hold some of them, and which.
     """
+    held = held or {}
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    targets = _targets(module, checkpoint)
+    targets = _targets(module, checkpoint, held)
     with TensorReader(checkpoint) as reader:
         for row in _in_file_order(checkpoint):
-            target = targets[row.source.name]
-            if row.expert is not None:
-                target = target[row.expert, row.first_row : row.first_row + row.shape[0]]
+            target, place = targets[row.source.name], row.expert
+            if place is not None and row.source.name in held:
+                if place not in held[row.source.name]:
+                    continue
+                place = held[row.source.name].index(place)
+            if place is not None:
+                target = target[place, row.first_row : row.first_row + row.shape[0]]
             if target.dtype == torch.float8_e4m3fn:
                 values, factors = reader.quantised(row.name, target.device)
                 target.copy_(values)
-                _factors_of(row, targets[row.source.name + SCALE_SUFFIX]).copy_(factors)
+                _factors_of(row, place, targets[row.source.name + SCALE_SUFFIX]).copy_(factors)
             elif not row.duplicate:
                 target.copy_(reader.weight(row.name))
             elif not _same(target, reader.weight(row.name)):
                 _tell_difference(row, checkpoint)
 
 
-def _factors_of(row: StoredTensor, factors: Tensor) -> Tensor:
+def _factors_of(row: StoredTensor, place: int | None, factors: Tensor) -> Tensor:
     """Those of one stored tensor. An expert's gate and up each begin with a block of their own."""
-    if row.expert is None:
+    if place is None:
         return factors
     first = -(-row.first_row // DEFAULT_BLOCK[0])
-    return factors[row.expert, first : first - (-row.shape[0] // DEFAULT_BLOCK[0])]
+    return factors[place, first : first - (-row.shape[0] // DEFAULT_BLOCK[0])]
 
 
-def _targets(module: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _targets(module: nn.Module, checkpoint: Checkpoint, experts: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     held = dict(module.named_parameters()) | dict(module.named_buffers())
     rows = list(parameters(checkpoint.config))
-    wrong = [row.name for row in rows if row.name not in held or tuple(held[row.name].shape) != row.shape]
+    shapes = {row.name: row.shape for row in rows}
+    shapes |= {name: (len(some), *shapes[name][1:]) for name, some in experts.items()}
+    wrong = [name for name, shape in shapes.items() if name not in held or tuple(held[name].shape) != shape]
     wrong += sorted({name for name, _ in module.named_parameters()} - {row.name for row in rows})
     if wrong:
         raise CheckpointError(

@@ -34,6 +34,7 @@ from benthic.inference.statistics import Statistics
 from benthic.log import logger
 from benthic.model import LanguageModel
 from benthic.model.float8_storage import store_in_float8
+from benthic.model.joined import join_projections
 from benthic.model.sampling import SamplingParams
 from benthic.text import Tokenizer
 from benthic.text.tokenizer import TOKENIZER_FILE
@@ -58,7 +59,8 @@ class Engine:
     """Text from the model of a published folder, or from a model in memory with its tokenizer.
 
     `speculative` drafts tokens with the model's prediction layers; a model without them decodes plainly, and the log
-    says so. Answers are the same either way. A model in memory whose weights are to be FP8 is changed in place.
+    says so. Answers are the same either way. A model in memory is laid out for inference in place: its
+    weights stay the same parameters, in FP8 where that is asked for.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Engine:
             )
         elif self.settings.weights == "float8":
             store_in_float8(model)
+        join_projections(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self._draft_tokens = self._choose_draft_tokens(speculative)
         weight, drafts = model.head_weight, self._draft_tokens
@@ -213,7 +216,6 @@ class Engine:
             return []
         works, computed, _ = flight
         self._statistics.steps += 1
-        self.expert_load.add(computed.routing, computed.rows[-1].stop)
         events, news = [], []
         for work, rows, tokens in zip(works, computed.rows, drawn, strict=True):
             request, start = work.request, work.request.computed
@@ -303,8 +305,7 @@ class Engine:
         """Launch a step and the draws of its tokens."""
         if not works:
             return None
-        computed = self.runner.compute(works)
-        return Flight(works, computed, draw_works(self.runner, works, computed))
+        return self._launched(works, self.runner.compute(works))
 
     def _begin_next(self, flight: Flight) -> Flight | None:
         """Launch the step behind `flight` before its tokens are known to the host, where that is plain decoding: what
@@ -318,9 +319,12 @@ class Engine:
         place = {work.request.id: row for row, work in enumerate(works)}
         places = [place[work.request.id] for work in following]
         computed = self.runner.compute_ahead(following, draws.tokens, places)
-        if computed is None:
-            return None
-        return Flight(following, computed, draw_works(self.runner, following, computed, ahead=1))
+        return None if computed is None else self._launched(following, computed, ahead=1)
+
+    def _launched(self, works: list[Work], computed: Computed, ahead: int = 0) -> Flight:
+        """What the step's results, which the next replay overwrites, are read for at once."""
+        self.expert_load.add(computed.routing, computed.rows[-1].stop)
+        return Flight(works, computed, draw_works(self.runner, works, computed, ahead))
 
     def _take_flight(self) -> Flight | None:
         """The step under way, unless nobody waits for it any more."""

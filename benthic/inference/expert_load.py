@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benthic.config.model import ModelConfig
 from benthic.ops.route import Routing
@@ -41,6 +42,10 @@ class ExpertLoad:
         if self._layers:
             chosen = torch.stack([routing[layer].experts[:tokens] for layer in self._layers]).flatten(1)  # [layers, TK]
             self._counts.scatter_add_(1, chosen, self._one.expand_as(chosen))
+
+    def counts(self) -> dict[int, Tensor]:
+        """Tokens of each expert so far, int64 [E] by layer, on the host."""
+        return dict(zip(self._layers, self._counts.to("cpu", copy=True), strict=True))
 
     def take(self) -> list[LayerLoad]:
         """The load since the last look; nothing as long as too few tokens came for one."""

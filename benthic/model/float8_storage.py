@@ -52,7 +52,7 @@ class StoredFloat8Experts(Experts):
     def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Float[Tensor, "tokens width"]:
         gate_up = self.gate_up_proj, self.gate_up_proj_scale_inv
         down = self.down_proj, self.down_proj_scale_inv
-        return ops.experts_from_float8(x, routing.experts, routing.weights, *gate_up, *down)
+        return ops.experts_from_float8(x, routing.experts, routing.weights, *gate_up, *down, routing.count)
 
 
 def store_in_float8(model: LanguageModel) -> None:

@@ -124,11 +124,14 @@ class LanguageModel(nn.Module):
         """States [1, T, D] of new tokens of several sequences, whose rows join those that `pages` tells of."""
         span = self._paged_span(pages)
         hidden, routing = self.model.embed_tokens(tokens)[None], {}
+        out: Tensor | None = None
         for index, layer in enumerate(islice(self.model.layers, self.config.num_hidden_layers)):
-            hidden, chosen = layer(hidden, span)
+            assert isinstance(layer, DecoderLayer)
+            hidden, out, chosen = layer.follow(hidden, out, span)
             if chosen is not None:
                 routing[index] = chosen
-        return States(self.model.norm(hidden), [], routing)
+        assert out is not None, "there is at least one layer"
+        return States(self.model.norm.of_sum(hidden, out)[1], [], routing)
 
     def paged_prediction(
         self, index: int, tokens: Int64[Tensor, " tokens"], known: Float[Tensor, "tokens width"], pages: Pages

@@ -37,15 +37,27 @@ class Layer(nn.Module):
         self, hidden: Float[Tensor, "batch positions width"], span: Span
     ) -> tuple[Float[Tensor, "batch positions width"], Routing | None]:
         """The residual stream after the layer, and the routing of a layer with experts."""
+        hidden, out, routing = self.follow(hidden, None, span)
+        return hidden + out, routing
+
+    def follow(
+        self,
+        hidden: Float[Tensor, "batch positions width"],
+        out: Float[Tensor, "batch positions width"] | None,
+        span: Span,
+    ) -> tuple[Float[Tensor, "batch positions width"], Float[Tensor, "batch positions width"], Routing | None]:
+        """`transform` of hidden + out, its result in two summands too: the next norm adds them in passing."""
         if self.norm_first:
-            hidden, normed = self.post_attention_layernorm.of_sum(
-                hidden, self.self_attn(self.input_layernorm(hidden), span)
-            )
-            out, routing = self._feed_forward(normed)
-            return hidden + out, routing
+            if out is None:
+                normed = self.input_layernorm(hidden)
+            else:
+                hidden, normed = self.input_layernorm.of_sum(hidden, out)
+            hidden, normed = self.post_attention_layernorm.of_sum(hidden, self.self_attn(normed, span))
+            return hidden, *self._feed_forward(normed)
+        hidden = hidden if out is None else hidden + out
         hidden = hidden + self.post_attention_layernorm(self.self_attn(hidden, span))
         out, routing = self._feed_forward(hidden)
-        return hidden + self.post_feedforward_layernorm(out), routing
+        return hidden, self.post_feedforward_layernorm(out), routing
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
         return self.mlp(x) if self.has_experts else (self.mlp(x), None)

@@ -58,11 +58,15 @@ def _some_choices(
 ) -> Tensor:
     """One row a choice, for a loop over experts that knows no choice of none."""
     permutation = sort_by_expert(experts, len(gate_up_proj), count)
+    choices = _row_by_row(permutation, weights)
+    return sum_choices(_ExpertLoop.apply(take_rows(x, permutation), *choices, gate_up_proj, down_proj), permutation)
+
+
+def _row_by_row(permutation: Permutation, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The expert and the weight of each sorted row, [rows, 1]."""
     loads = permutation.ends.long().diff(prepend=permutation.ends.new_zeros(1))
-    chosen = torch.arange(len(loads)).repeat_interleave(loads, output_size=count)[:, None]
-    row_weights = by_row(weights, permutation)[:, None]
-    rows = _ExpertLoop.apply(take_rows(x, permutation), chosen, row_weights, gate_up_proj, down_proj)
-    return sum_choices(rows, permutation)
+    chosen = torch.arange(len(loads)).repeat_interleave(loads, output_size=len(permutation.tokens))
+    return chosen[:, None], by_row(weights, permutation)[:, None]
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -214,8 +218,14 @@ def experts_one_by_one(
     weights: Float32[Tensor, "tokens chosen"],
     gate_up_proj: Stack,
     down_proj: Stack,
+    count: int | None = None,
 ) -> Float[Tensor, "tokens width"]:
     """routed_experts without gradients, asking for one expert's matrices at a time, and for those with tokens alone."""
+    if count is not None:
+        permutation = sort_by_expert(experts, len(gate_up_proj), count)
+        choices = _row_by_row(permutation, weights)
+        rows = experts_one_by_one(take_rows(x, permutation), *choices, gate_up_proj, down_proj)
+        return sum_choices(rows, permutation)
     if len(x) == 1:
         return _one_token(x, experts, weights, gate_up_proj, down_proj)
     out, _, _, places, _, _ = _by_expert(x, experts, gate_up_proj, down_proj)

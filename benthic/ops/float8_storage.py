@@ -17,7 +17,7 @@ from benthic.ops import float8
 from benthic.ops.decode_matmul_fp8 import MOST_TOKENS, decode_matmul_fp8
 from benthic.ops.expert_decode import MOST_PAIRS, few_token_experts_fp8
 from benthic.ops.experts import experts_one_by_one
-from benthic.ops.permutation import sort_by_expert, sum_choices
+from benthic.ops.permutation import by_row, sort_by_expert, sum_choices
 
 
 def linear_from_float8(
@@ -42,14 +42,17 @@ def experts_from_float8(
     gate_up_scales: Float32[Tensor, "experts gate_and_up_blocks width_blocks"],
     down_proj: Float[Tensor, "experts width gate_and_up//2"],
     down_scales: Float32[Tensor, "experts width_blocks gate_and_up_blocks//2"],
+    count: int | None = None,
 ) -> Float[Tensor, "tokens width"]:
-    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], in x's dtype; F is a multiple of 128."""
-    if _quantises(x):
-        few = experts.numel() <= MOST_PAIRS
-        product = few_token_experts_fp8 if few else _many_rows_of_experts
-        return product(x.contiguous(), experts, weights, gate_up_proj, gate_up_scales, down_proj, down_scales)
-    gate_up, down = _GivenBack(gate_up_proj, gate_up_scales, x.dtype), _GivenBack(down_proj, down_scales, x.dtype)
-    return experts_one_by_one(x, experts, weights, gate_up, down)
+    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], in x's dtype; F is a multiple of 128. Choices of -1 are none;
+    `count` is then how many are not."""
+    stored = gate_up_proj, gate_up_scales, down_proj, down_scales
+    if not _quantises(x):
+        gate_up, down = _GivenBack(*stored[:2], x.dtype), _GivenBack(*stored[2:], x.dtype)
+        return experts_one_by_one(x, experts, weights, gate_up, down, count)
+    if count is None and experts.numel() <= MOST_PAIRS:
+        return few_token_experts_fp8(x.contiguous(), experts, weights, *stored)
+    return _many_rows_of_experts(x, experts, weights, *stored, count)
 
 
 def _quantises(x: Tensor) -> bool:
@@ -88,11 +91,12 @@ def _many_rows_of_experts(
     gate_up_scales: Tensor,
     down_proj: Tensor,
     down_scales: Tensor,
+    count: int | None,
 ) -> Tensor:
     """What training's forward pass does. A token is quantised once, before its row is copied to its choices."""
     kernels = float8.arithmetic(x.device.type)
-    permutation = sort_by_expert(experts, len(gate_up_proj))
-    row_weights = weights.new_empty(weights.numel()).scatter_(0, permutation.places.flatten(), weights.flatten())
+    permutation = sort_by_expert(experts, len(gate_up_proj), count)
+    row_weights = by_row(weights, permutation)
     rows = kernels.take(*float8.quantise_activation(x), permutation.tokens)
     hidden = kernels.matmul(*rows, gate_up_proj, gate_up_scales, permutation.ends)  # [T K, 2F]
     active, active_scales, *_ = kernels.swiglu(hidden, row_weights)

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from benthic.ops.float8 import quantise_activation
 from benthic.ops.permutation import Permutation, first_rows, sort_by_expert, sum_choices, take_rows
 from benthic.ops.route import Routing
+from benthic.parallel.copies import Copies
 from benthic.parallel.exchange import Agreement, Journey, Splits, exchanged
 from benthic.parallel.narrow_exchange import exchanged_float8
 
 
 class ExchangedExpertLayer(nn.Module):
     """Router `gate` and `shared_experts` as on one process, and of the routed `experts` this rank's E / ranks
-    consecutive ones; the other ranks of `group` hold the rest. `narrow`: the experts take rows in FP8, so rows travel
-    in FP8."""
+    consecutive ones; the other ranks of `group` hold the rest. With `copies`, a rank holds the experts in its places
+    instead, and a choice goes to one of its expert's. `narrow`: the experts take rows in FP8, so rows travel in FP8."""
 
     def __init__(
         self,
@@ -32,10 +33,11 @@ class ExchangedExpertLayer(nn.Module):
         shared_experts: nn.Module | None,
         group: dist.ProcessGroup,
         narrow: bool = False,
+        copies: Copies | None = None,
     ) -> None:
         super().__init__()
         self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
-        self._group, self._narrow = group, narrow
+        self._group, self._narrow, self.copies = group, narrow, copies
 
     def forward(
         self, x: Float[Tensor, "batch positions width"]
@@ -43,15 +45,18 @@ class ExchangedExpertLayer(nn.Module):
         """The sum of both, and how the B S tokens of this rank were routed (experts numbered over all ranks)."""
         tokens = x.flatten(0, -2)  # [T, D]
         routing = self.gate(tokens)
-        ranks, held = self._group.size(), routing.scores.shape[-1] // self._group.size()
-        holders = routing.experts // held  # [T, K]
+        count, sent = routing.scores.shape[-1], routing
+        if self.copies is not None:
+            count, sent = self.copies.count, routing._replace(experts=self.copies.of(routing.experts))
+        ranks, held = self._group.size(), count // self._group.size()
+        holders = sent.experts // held  # [T, K]
         towards = without_repeats(holders)
         agreement = Agreement(torch.stack((_count(towards, ranks), _count(holders, ranks)), 1), self._group)
         permutation = sort_by_expert(towards, ranks)  # of ranks, and at most K rows a token
         in_float8 = quantise_activation(tokens) if self._narrow else None
         splits = agreement.splits()
         permutation = first_rows(permutation, sum(splits.sent))
-        choice = _local(_exchanged_choices(routing, permutation, splits), held, splits)
+        choice = _local(_exchanged_choices(sent, permutation, splits), held, splits)
         if in_float8 is not None:
             rows, in_float8 = exchanged_float8(tokens, in_float8, permutation, splits)  # [R, D]
             results = self.experts(rows, choice, None, in_float8)

@@ -66,11 +66,12 @@ class Replayed:
 
     def replay(self):
         for target, found in zip(tree_leaves(self.result), tree_leaves(self._call()), strict=True):
-            target.copy_(found)
+            if isinstance(target, torch.Tensor):
+                target.copy_(found)
 
 
 @pytest.mark.usefixtures("_as_a_user")
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schedule=Schedule)
 def test_steps_that_begin_before_the_last_ones_tokens_are_read_change_no_answer(schedule):
     with pytest.MonkeyPatch.context() as patch:
