@@ -56,7 +56,7 @@ class LatentAttention(nn.Module):
         """Expands keys and values when no token came before, else works on the latents."""
         first, latent_and_key = self._first_projections(hidden)
         query = self.q_b_proj(self.q_a_layernorm(first)) if self.compresses_queries else first
-        query = query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
+        query = query.unflatten(-1, (self.heads, -1))  # [B, S, H, N + R]
         if span.pages is not None:
             return self._paged(query[0], latent_and_key[0], span.pages, span.rotations)
         latent, key = latent_and_key.split_with_sizes((self.rank, self.rotary_width), -1)
@@ -66,7 +66,7 @@ class LatentAttention(nn.Module):
                 return self._continue(query, latent, key, span, span.cache)
             turned = ops.rotary(key[:, :, None], span.rotations, self.interleaved)
             span.cache.write(self.layer, torch.cat((latent, turned[:, :, 0]), -1))
-        expanded = self.kv_b_proj(latent).view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + V]
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))  # [B, S, H, N + V]
         query, key, value = ops.latent_heads(query, expanded, key, span.rotations, self.interleaved)
         out = ops.attention(query, key, value, self.scale, span.mask)
         return self.o_proj(out.flatten(2))

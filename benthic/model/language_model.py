@@ -20,6 +20,7 @@ from benthic.model.pages import Pages
 from benthic.model.primitive import Embedding, Linear, RMSNorm
 from benthic.ops.rotary import RotaryTable
 from benthic.ops.route import Routing
+from benthic.parallel.sequence import Share
 
 
 class States(NamedTuple):
@@ -63,6 +64,10 @@ class LanguageModel(nn.Module):
         """The output head; the embedding itself where both are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    def logits(self, hidden: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens vocabulary"]:
+        """Of states before the head."""
+        return F.linear(hidden, self.head_weight)
+
     def forward(
         self, input_ids: Int64[Tensor, "batch positions"], *, return_mtp: bool = False, cache: Cache | None = None
     ) -> (
@@ -77,10 +82,10 @@ class LanguageModel(nn.Module):
         _check_range(input_ids, self.config.vocab_size)
         depth = min(self.config.num_nextn_predict_layers, input_ids.shape[-1] - 1) if return_mtp else 0
         states = self.states(input_ids, cache=cache, num_predictions=depth)
-        logits = F.linear(states.hidden, self.head_weight)
+        logits = self.logits(states.hidden)
         if not return_mtp:
             return logits
-        predictions = [F.linear(prediction, self.head_weight) for prediction in states.predictions]
+        predictions = [self.logits(prediction) for prediction in states.predictions]
         missing = self.config.num_nextn_predict_layers - depth
         return logits, predictions + [logits[:, :0]] * missing
 
@@ -119,6 +124,39 @@ class LanguageModel(nn.Module):
             if chosen is not None:
                 routing[index] = chosen
         return States(hidden, predictions, routing)
+
+    def states_of_share(
+        self,
+        input_ids: Int64[Tensor, "batch positions"],
+        share: Share,
+        documents: Int64[Tensor, "batch positions"] | None = None,
+        num_predictions: int = 0,
+    ) -> States:
+        """As `states`, of the rows that `share` gives this rank, in training: [B, S / ranks, D].
+
+        Prediction layers have as many rows as the others. Their last, which have no token so far ahead, are given some
+        token: no other row sees them, their states are to have no label, and their routing is left out.
+        """
+        self._check(input_ids, documents, None, num_predictions)
+        positions = share.positions(input_ids.device)
+        mask = None if documents is None else ops.document_mask(documents)
+        span = Span(self._rotations.rows(0, share.length, input_ids.device), mask)
+        hidden, found = self.model.embed_tokens(input_ids[:, positions]), {}
+        main = self.config.num_hidden_layers
+        for index, layer in enumerate(islice(self.model.layers, main)):
+            hidden, found[index] = layer(hidden, span)
+        states = [self.model.norm(hidden)]
+        for depth in range(1, num_predictions + 1):
+            index = main + depth - 1
+            ahead = F.pad(input_ids, (0, depth))[:, positions + depth]
+            state, found[index] = self.model.layers[index](self.model.embed_tokens(ahead), states[-1], span)
+            states.append(state)
+        routing = {
+            index: _first_rows(chosen, len(input_ids), share.counted(max(0, index - main + 1)))
+            for index, chosen in found.items()
+            if chosen is not None
+        }
+        return States(states[0], states[1:], routing)
 
     def paged_states(self, tokens: Int64[Tensor, " tokens"], pages: Pages) -> States:
         """States [1, T, D] of new tokens of several sequences, whose rows join those that `pages` tells of."""
@@ -184,6 +222,11 @@ def _shortened(span: Span, depth: int) -> Span:
     """The span of the positions that still have a token `depth` further on."""
     mask = None if span.mask is None else span.mask[:, :-depth, :-depth]
     return Span(span.rotations[:-depth], mask)
+
+
+def _first_rows(routing: Routing, sequences: int, count: int) -> Routing:
+    """Of each sequence the first `count` rows."""
+    return Routing(*(one.unflatten(0, (sequences, -1))[:, :count].flatten(0, 1) for one in routing))
 
 
 def _check_ids(input_ids: Tensor) -> None:

@@ -13,7 +13,8 @@ Loads are counted from what a forward pass returns, so recomputation in the back
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -56,7 +57,19 @@ def move_biases(biases: Mapping[int, Tensor], loads: Mapping[int, Tensor], confi
     torch._foreach_add_(moved, list(direction.to(moved[0].device).unbind()), alpha=speed)
 
 
-def group_losses(routing: Routing, num_sequences: int, groups: int, kept: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The sequences that a routing on one rank has a part of: `length` positions each; `add_up` sums a tensor, in
+    place, over the ranks that have the parts. Losses of parts add up to that of the whole, and so do their gradients:
+    counts have none."""
+
+    length: int
+    add_up: Callable[[Tensor], Tensor]
+
+
+def group_losses(
+    routing: Routing, num_sequences: int, groups: int, kept: int, whole: Whole | None = None
+) -> tuple[Tensor, Tensor]:
     """DeepSeek-V2's balance losses between devices (equations 26 to 31) of one layer, means over sequences, before
     their weights: of what each of `groups` equal groups of experts computes, and of how many tokens each is sent.
 
@@ -71,12 +84,18 @@ def group_losses(routing: Routing, num_sequences: int, groups: int, kept: int) -
     choices.scatter_add_(2, chosen, torch.ones_like(chosen, dtype=choices.dtype))  # [B, S, G]
     share = routing.scores / routing.scores.sum(-1, keepdim=True)
     probability = share.view(num_sequences, length, groups, -1).sum(-1).mean(1)  # [B, G]
-    computed = choices.mean(1) * (groups / num_chosen)
-    sent = (choices > 0).float().mean(1) * (groups / kept)
+    computed, sent = choices.mean(1), (choices > 0).float().mean(1)
+    if whole is not None:
+        part = length / whole.length
+        computed, sent = whole.add_up(torch.stack((computed, sent)).mul_(part))
+        probability = probability * part
+    computed, sent = computed * (groups / num_chosen), sent * (groups / kept)
     return (computed * probability).sum(-1).mean(), (sent * probability).sum(-1).mean()
 
 
-def auxiliary_loss(kind: Literal["sequence", "expert", "batch"], routing: Routing, num_sequences: int) -> Tensor:
+def auxiliary_loss(
+    kind: Literal["sequence", "expert", "batch"], routing: Routing, num_sequences: int, whole: Whole | None = None
+) -> Tensor:
     """sum_i f_i P_i of one layer, a mean over sequences, before its weight alpha.
 
     P_i is the mean of expert i's scores after dividing each token's by their sum. f_i is E/(K T) times the number of
@@ -92,5 +111,9 @@ def auxiliary_loss(kind: Literal["sequence", "expert", "batch"], routing: Routin
     counts.scatter_add_(1, best, torch.ones_like(best, dtype=counts.dtype))  # [B, E]
     share = routing.scores / routing.scores.sum(-1, keepdim=True)
     probability = share.reshape(rows, -1, num_experts).mean(1)  # [B, E]
-    frequency = counts * (num_experts / best.shape[1])
-    return (frequency * probability).sum(-1).mean()
+    if whole is None:
+        frequency = counts * (num_experts / best.shape[1])
+        return (frequency * probability).sum(-1).mean()
+    choices = num_chosen * whole.length * num_sequences // rows
+    frequency = whole.add_up(counts) * (num_experts / choices)
+    return (frequency * probability).sum(-1).mean() * (best.shape[1] / choices)

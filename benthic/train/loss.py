@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.config.model import ModelConfig
@@ -19,7 +20,10 @@ from benthic.config.train import BalanceConfig
 from benthic.data import Batch
 from benthic.model.language_model import LanguageModel, States
 from benthic.ops import linear_cross_entropy
-from benthic.train.balance import auxiliary_loss, count_loads, group_losses
+from benthic.parallel.sequence import Share
+from benthic.parallel.vocabulary import shared_cross_entropy
+from benthic.parallel.world import ALONE, World
+from benthic.train.balance import Whole, auxiliary_loss, count_loads, group_losses
 
 IGNORED = -100
 """A label that no loss is taken at."""
@@ -68,21 +72,35 @@ def forward(model: LanguageModel, batch: Batch, masked: bool, num_predictions: i
 
 
 def losses(
-    model: LanguageModel, batch: Batch, scale: Scale, masked: bool, weight: float, balance: BalanceConfig
+    model: LanguageModel,
+    batch: Batch,
+    scale: Scale,
+    masked: bool,
+    weight: float,
+    balance: BalanceConfig,
+    world: World = ALONE,
 ) -> Losses:
-    """The part of the update's loss that `batch` holds. `weight` is lambda, the weight of the prediction loss."""
+    """The part of the update's loss that `batch` holds. `weight` is lambda, the weight of the prediction loss. Where
+    ranks of `world` share sequences, the part of this rank: they add up, and backward on all of them at once gives
+    the gradients of the whole."""
     depths = model.config.num_nextn_predict_layers
-    states = forward(model, batch, masked, depths)
-    main = _cross_entropy(model, states.hidden, labels(batch, 0, masked), scale.valid_tokens)
+    share = world.share(batch.tokens.shape[1] - 1)
+    if share is None:
+        states = forward(model, batch, masked, depths)
+    else:
+        documents = batch.documents[:, :-1] if masked else None
+        inputs = batch.tokens[:, :-1]
+        states = model.states_of_share(inputs, share, documents, num_predictions=depths)
+    main = _cross_entropy(model, states.hidden, _own_labels(batch, 0, masked, share), scale.valid_tokens, world)
     zero = main.new_zeros(())
     prediction = sum(
         (
-            _cross_entropy(model, hidden, labels(batch, depth, masked), scale.valid_tokens * depths)
+            _cross_entropy(model, hidden, _own_labels(batch, depth, masked, share), scale.valid_tokens * depths, world)
             for depth, hidden in enumerate(states.predictions, start=1)
         ),
         start=zero,
     )
-    balanced = _balance(states, batch, scale, balance, model.config, zero)
+    balanced = _balance(states, batch, scale, balance, model.config, zero, world)
     return Losses(
         total=main + weight * prediction + balanced,
         main=main.detach(),
@@ -92,23 +110,43 @@ def losses(
     )
 
 
-def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, divisor: int) -> Tensor:
+def _own_labels(batch: Batch, depth: int, masked: bool, share: Share | None) -> Tensor:
+    """Labels of this context rank's positions; those that have no label by their place in the sequence are ignored."""
+    targets = labels(batch, depth, masked)
+    if share is None:
+        return targets
+    return F.pad(targets, (0, depth), value=IGNORED)[:, share.positions(targets.device)]
+
+
+def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, divisor: int, world: World) -> Tensor:
+    if world.tensor_group is not None:
+        return shared_cross_entropy(hidden, model.head_weight, targets, divisor, world.tensor_group)
     loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten(), divisor)
     return loss
 
 
 def _balance(
-    states: States, batch: Batch, scale: Scale, config: BalanceConfig, model: ModelConfig, zero: Tensor
+    states: States,
+    batch: Batch,
+    scale: Scale,
+    config: BalanceConfig,
+    model: ModelConfig,
+    zero: Tensor,
+    world: World,
 ) -> Tensor:
     """This batch's part of the balance losses of all layers, weighed."""
     kind, sequences = config.auxiliary_loss, batch.tokens.shape[0]
-    layers, total = list(states.routing.values()), zero
+    length, main = batch.tokens.shape[1] - 1, model.num_hidden_layers
+    wholes = [Whole(length - max(0, layer - main + 1), world.add_up_sequences) for layer in states.routing]
+    layers = list(zip(states.routing.values(), wholes if world.shares_sequences else [None] * len(wholes), strict=True))
+    total = zero
     if layers and kind != "none" and config.alpha:
-        each = torch.stack([auxiliary_loss(kind, routing, sequences) for routing in layers])
+        each = torch.stack([auxiliary_loss(kind, routing, sequences, whole) for routing, whole in layers])
         total = total + config.alpha * sequences / scale.sequences * each.sum()
     if layers and (config.device_alpha or config.communication_alpha):
         groups = model.n_group, model.topk_group
-        both = torch.stack([torch.stack(group_losses(routing, sequences, *groups)) for routing in layers]).sum(0)
+        each = [torch.stack(group_losses(routing, sequences, *groups, whole)) for routing, whole in layers]
+        both = torch.stack(each).sum(0)
         weighed = config.device_alpha * both[0] + config.communication_alpha * both[1]
         total = total + sequences / scale.sequences * weighed
     return total

@@ -92,7 +92,8 @@ def launch(
     """
     masked = config.data.mask_documents
     ranks = config.parallel.data
-    scale = Scale(world.total(int((labels(batch, 0, masked) != IGNORED).sum())), len(batch.tokens) * ranks)
+    counted = int((labels(batch, 0, masked) != IGNORED).sum()) if world.reads_first else 0
+    scale = Scale(world.total(counted), len(batch.tokens) * ranks)
     if not scale.valid_tokens:
         raise NumericsError(
             f"update {place.step} has no label: every token's next one is in another document",
@@ -105,10 +106,11 @@ def launch(
     micros = list(micro_batches(on_device(batch, model.head_weight.device), config.batch.micro_sequences))
     for micro in micros:
         sum_gradients(model, micro is micros[-1], world)
-        part = losses(model, micro, scale, masked, weight, config.balance)
+        part = losses(model, micro, scale, masked, weight, config.balance, world)
         part.total.backward()
         part.total = part.total.detach()
         parts.append(part)
+    optimizer.add_up_tensor_ranks()
     norms = optimizer.gradient_norms()
     norm = optimizer.joint_norm(norms)
     recorded = [torch.stack((part.main, part.prediction, part.balance, part.total)) for part in parts]

@@ -17,8 +17,8 @@ axis = st.sampled_from([1, 2, 3, 4])
 
 @st.composite
 def layouts(draw: st.DrawFn) -> ParallelConfig:
-    fields = {name: draw(axis) for name in ("replicate", "shard", "pipeline", "tensor")}
-    ranks = fields["replicate"] * fields["shard"] * fields["tensor"]
+    fields = {name: draw(axis) for name in ("replicate", "shard", "pipeline", "tensor", "context")}
+    ranks = fields["replicate"] * fields["shard"] * fields["tensor"] * fields["context"]
     expert = draw(st.sampled_from([size for size in range(1, ranks + 1) if ranks % size == 0]))
     return ParallelConfig(**fields, expert=expert, zero=draw(st.integers(0, 3)))
 
@@ -63,7 +63,7 @@ def test_a_layout_for_another_number_of_processes_is_refused():
     )
 
 
-@pytest.mark.parametrize("axis", ["pipeline", "tensor", "context"])
+@pytest.mark.parametrize("axis", ["pipeline", "context"])
 def test_an_axis_that_only_the_planner_knows_is_refused(axis):
     with pytest.raises(ConfigError, match=rf"parallel\.{axis} is 2; the trainer spreads a run over replicate, shard"):
         require_supported(ParallelConfig(**{axis: 2}), small_model(), 2)
