@@ -10,20 +10,24 @@ from torch import Tensor, nn
 
 from benthic import ops
 from benthic.config.model import LATENT_NORM_EPS, ModelConfig
+from benthic.model.attention_among import attention_among
 from benthic.model.cache import Cache
 from benthic.model.pages import Pages
 from benthic.model.primitive import Linear, RMSNorm
+from benthic.parallel.sequence import Share
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """The positions of one forward pass: their rotations, what they may see (None for all before), and the rows of
-    tokens before them, if any are kept: of sequences of equal length in a `cache`, or of any sequences in `pages`."""
+    tokens before them, if any are kept: of sequences of equal length in a `cache`, or of any sequences in `pages`; or
+    held by other processes, which `share` tells of."""
 
     rotations: Complex64[Tensor, "positions pairs"]
     mask: Bool[Tensor, "batch_or_1 positions keys"] | None = None
     cache: Cache | None = None
     pages: Pages | None = None
+    share: Share | None = None
 
 
 class LatentAttention(nn.Module):
@@ -61,6 +65,8 @@ class LatentAttention(nn.Module):
             return self._paged(query[0], latent_and_key[0], span.pages, span.rotations)
         latent, key = latent_and_key.split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
+        if span.share is not None:
+            return self.o_proj(attention_among(self, query, latent, key, span, span.share).flatten(2))
         if span.cache is not None:
             if span.cache.length:
                 return self._continue(query, latent, key, span, span.cache)

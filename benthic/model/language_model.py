@@ -18,6 +18,7 @@ from benthic.model.cache import Cache
 from benthic.model.layer import DecoderLayer, PredictionLayer
 from benthic.model.pages import Pages
 from benthic.model.primitive import Embedding, Linear, RMSNorm
+from benthic.model.share import states_of_share
 from benthic.ops.rotary import RotaryTable
 from benthic.ops.route import Routing
 from benthic.parallel.sequence import Share
@@ -96,13 +97,18 @@ class LanguageModel(nn.Module):
         documents: Int64[Tensor, "batch positions"] | None = None,
         cache: Cache | None = None,
         num_predictions: int = 0,
+        share: Share | None = None,
     ) -> States:
         """States before the head.
 
         `documents` numbers the packed document of each position, and attention stays within one; None lets it cross.
-        `cache` holds the tokens before, and takes these in. `num_predictions` prediction layers run.
+        `cache` holds the tokens before, and takes these in. `num_predictions` prediction layers run. `share` says
+        which rows are this process's where several train on the same sequences (share.py).
         """
         self._check(input_ids, documents, cache, num_predictions)
+        if share is not None:
+            rotations = self._rotations.rows(0, share.length, input_ids.device)
+            return States(*states_of_share(self.model, input_ids, rotations, share, documents, num_predictions))
         embedded = self.model.embed_tokens(input_ids)  # [B, S, D]
         span = self._span(input_ids, documents, cache)
         hidden, routing = embedded, {}
@@ -124,39 +130,6 @@ class LanguageModel(nn.Module):
             if chosen is not None:
                 routing[index] = chosen
         return States(hidden, predictions, routing)
-
-    def states_of_share(
-        self,
-        input_ids: Int64[Tensor, "batch positions"],
-        share: Share,
-        documents: Int64[Tensor, "batch positions"] | None = None,
-        num_predictions: int = 0,
-    ) -> States:
-        """As `states`, of the rows that `share` gives this rank, in training: [B, S / ranks, D].
-
-        Prediction layers have as many rows as the others. Their last, which have no token so far ahead, are given some
-        token: no other row sees them, their states are to have no label, and their routing is left out.
-        """
-        self._check(input_ids, documents, None, num_predictions)
-        positions = share.positions(input_ids.device)
-        mask = None if documents is None else ops.document_mask(documents)
-        span = Span(self._rotations.rows(0, share.length, input_ids.device), mask)
-        hidden, found = self.model.embed_tokens(input_ids[:, positions]), {}
-        main = self.config.num_hidden_layers
-        for index, layer in enumerate(islice(self.model.layers, main)):
-            hidden, found[index] = layer(hidden, span)
-        states = [self.model.norm(hidden)]
-        for depth in range(1, num_predictions + 1):
-            index = main + depth - 1
-            ahead = F.pad(input_ids, (0, depth))[:, positions + depth]
-            state, found[index] = self.model.layers[index](self.model.embed_tokens(ahead), states[-1], span)
-            states.append(state)
-        routing = {
-            index: _first_rows(chosen, len(input_ids), share.counted(max(0, index - main + 1)))
-            for index, chosen in found.items()
-            if chosen is not None
-        }
-        return States(states[0], states[1:], routing)
 
     def paged_states(self, tokens: Int64[Tensor, " tokens"], pages: Pages) -> States:
         """States [1, T, D] of new tokens of several sequences, whose rows join those that `pages` tells of."""
@@ -222,11 +195,6 @@ def _shortened(span: Span, depth: int) -> Span:
     """The span of the positions that still have a token `depth` further on."""
     mask = None if span.mask is None else span.mask[:, :-depth, :-depth]
     return Span(span.rotations[:-depth], mask)
-
-
-def _first_rows(routing: Routing, sequences: int, count: int) -> Routing:
-    """Of each sequence the first `count` rows."""
-    return Routing(*(one.unflatten(0, (sequences, -1))[:, :count].flatten(0, 1) for one in routing))
 
 
 def _check_ids(input_ids: Tensor) -> None:

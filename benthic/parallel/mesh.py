@@ -115,13 +115,12 @@ def require_supported(layout: ParallelConfig, model: ModelConfig, world_size: in
             f"the layout ({layout}) is for {layout.world} processes, but {world_size} were started",
             hint=f"torchrun --nproc-per-node {layout.world}, or choose axes that multiply to {world_size}",
         )
-    for axis in ("pipeline", "context"):
-        if getattr(layout, axis) > 1:
-            raise ConfigError(
-                f"parallel.{axis} is {getattr(layout, axis)}; the trainer spreads a run over replicate, shard, expert "
-                f"and tensor ranks, and leaves {axis} at 1",
-                hint="use parallel.shard for dense weights and parallel.expert for routed experts",
-            )
+    if layout.pipeline > 1:
+        raise ConfigError(
+            f"parallel.pipeline is {layout.pipeline}; the trainer spreads a run over replicate, shard, expert, tensor "
+            "and context ranks, and leaves pipeline at 1",
+            hint="use parallel.shard for dense weights and parallel.expert for routed experts",
+        )
     layout.check_model(model)
     _require_latents(layout, model)
     shards = grid(layout).experts[2]

@@ -94,8 +94,7 @@ def spread(
     # stay gathered until backward has ended.
     _shard(model, dense, policy, True, own)
     _prefetch(model, config)
-    for method in ("states", "states_of_share"):
-        register_fsdp_forward_method(model, method)
+    register_fsdp_forward_method(model, "states")
 
 
 def expert_layers(config: ModelConfig) -> Iterator[str]:

@@ -12,10 +12,13 @@ Tensor ranks work on the same positions, and outside of attention and feed-forwa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -30,6 +33,8 @@ class Share:
     context_rank: int = 0
     tensor: int = 1
     tensor_rank: int = 0
+    group: dist.ProcessGroup | None = field(default=None, compare=False)
+    """The context ranks, where they are processes."""
 
     @cached_property
     def stretches(self) -> tuple[range, ...]:
@@ -44,6 +49,10 @@ class Share:
         """The same as numbers."""
         return torch.cat([torch.arange(one.start, one.stop, device=device) for one in self.stretches])
 
+    def select(self, values: Int64[Tensor, "batch _positions"], fill: int) -> Int64[Tensor, "batch positions"]:
+        """Of values of the first positions those of the context rank's, and `fill` where there are none."""
+        return F.pad(values, (0, self.length - values.shape[1]), value=fill)[:, self.positions(values.device)]
+
     def counted(self, depth: int) -> int:
         """How many rows of this rank's piece have a token `depth` further on; they are its first."""
         places = [place for stretch in self.stretches for place in stretch]
@@ -55,3 +64,12 @@ class Share:
         """Where each stretch of a sequence stands when those of all context ranks are laid one behind the other."""
         last = 2 * self.context - 1
         return [2 * min(place, last - place) + (place > last - place) for place in range(last + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The sequences that one rank has a part of: `length` positions each; `add_up` sums a tensor, in place, over the
+    ranks that have the parts, and returns it."""
+
+    length: int
+    add_up: Callable[[Tensor], Tensor]

@@ -33,7 +33,7 @@ def tensor_axis(row: Parameter) -> int | None:
 
 
 def split_sublayers(model: Any, config: ModelConfig, group: dist.ProcessGroup) -> None:
-    """Make `model` (a LanguageModel), whose parameters are this rank's, work together with the other ranks of `group`."""
+    """Make a LanguageModel whose parameters are cut already work together with the other ranks of `group`."""
     decoder: Any = model.get_submodule("model")
     decoder.embed_tokens = VocabularyEmbedding(decoder.embed_tokens.weight, group)
     model.logits = all_words(model.logits, group)

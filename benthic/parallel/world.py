@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -23,6 +24,7 @@ from benthic.log import logger
 from benthic.parallel.faults import one_speaks
 from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, SEQUENCE_AXES, Seat, description, require_supported
 from benthic.parallel.pulse import beating
+from benthic.parallel.sequence import Share
 
 TIMEOUT = datetime.timedelta(minutes=5)
 """How long a collective of an update waits for a rank that is alive and silent; a dead one is noticed at once."""
@@ -60,10 +62,10 @@ class World(Seat):
             mesh = init_device_mesh(device.type, self.grid.sequences, mesh_dim_names=SEQUENCE_AXES)
             self._sequences = {axis: mesh[axis].get_group() for axis in ("context", "tensor") if mesh[axis].size() > 1}
 
-    @property
-    def context_group(self) -> dist.ProcessGroup | None:
-        """The ranks that have the rest of this one's sequences, None where it has all."""
-        return self._sequences.get("context")
+    def share(self, length: int) -> Share | None:
+        """As Seat's, with the context ranks as processes."""
+        found = super().share(length)
+        return None if found is None else replace(found, group=self._sequences.get("context"))
 
     @property
     def tensor_group(self) -> dist.ProcessGroup | None:

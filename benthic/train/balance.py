@@ -13,8 +13,7 @@ Loads are counted from what a forward pass returns, so recomputation in the back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from benthic.config.train import BalanceConfig
 from benthic.ops import Routing
+from benthic.parallel.sequence import Whole
 
 
 def count_loads(experts: Tensor, num_experts: int) -> Tensor:
@@ -57,42 +57,6 @@ def move_biases(biases: Mapping[int, Tensor], loads: Mapping[int, Tensor], confi
     torch._foreach_add_(moved, list(direction.to(moved[0].device).unbind()), alpha=speed)
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """The sequences that a routing on one rank has a part of: `length` positions each; `add_up` sums a tensor, in
-    place, over the ranks that have the parts. Losses of parts add up to that of the whole, and so do their gradients:
-    counts have none."""
-
-    length: int
-    add_up: Callable[[Tensor], Tensor]
-
-
-def group_losses(
-    routing: Routing, num_sequences: int, groups: int, kept: int, whole: Whole | None = None
-) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V2's balance losses between devices (equations 26 to 31) of one layer, means over sequences, before
-    their weights: of what each of `groups` equal groups of experts computes, and of how many tokens each is sent.
-
-    Both are sum_i f_i P_i over groups, P_i being the sum of the group's P of `auxiliary_loss`. f_i is the mean of the
-    group's f ("expert") for the first, and for the second groups/(kept T) times the number of tokens with any choice
-    in the group, `kept` being how many groups a token may reach. Both are 1 when the load is even.
-    """
-    num_experts, num_chosen = routing.scores.shape[-1], routing.experts.shape[-1]
-    chosen = (routing.experts // (num_experts // groups)).view(num_sequences, -1, num_chosen)  # [B, S, K]
-    length = chosen.shape[1]
-    choices = torch.zeros(num_sequences, length, groups, device=chosen.device)
-    choices.scatter_add_(2, chosen, torch.ones_like(chosen, dtype=choices.dtype))  # [B, S, G]
-    share = routing.scores / routing.scores.sum(-1, keepdim=True)
-    probability = share.view(num_sequences, length, groups, -1).sum(-1).mean(1)  # [B, G]
-    computed, sent = choices.mean(1), (choices > 0).float().mean(1)
-    if whole is not None:
-        part = length / whole.length
-        computed, sent = whole.add_up(torch.stack((computed, sent)).mul_(part))
-        probability = probability * part
-    computed, sent = computed * (groups / num_chosen), sent * (groups / kept)
-    return (computed * probability).sum(-1).mean(), (sent * probability).sum(-1).mean()
-
-
 def auxiliary_loss(
     kind: Literal["sequence", "expert", "batch"], routing: Routing, num_sequences: int, whole: Whole | None = None
 ) -> Tensor:
@@ -102,6 +66,9 @@ def auxiliary_loss(
     tokens whose K best scores, bias and groups aside, contain i ("sequence", DeepSeek-V3 equations 17 to 20), or that
     were sent to i ("expert", DeepSeek-V2 equations 23 to 25; "batch" takes all T tokens together). It is 1 when the
     load is even. Gradient flows through P alone.
+
+    Where the routing is of a part of each sequence, `whole` tells of all: losses of the parts add up to that of the
+    whole, and so do gradients.
     """
     num_experts, num_chosen = routing.scores.shape[-1], routing.experts.shape[-1]
     rows = 1 if kind == "batch" else num_sequences

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benthic.config.model import ModelConfig
@@ -20,10 +19,11 @@ from benthic.config.train import BalanceConfig
 from benthic.data import Batch
 from benthic.model.language_model import LanguageModel, States
 from benthic.ops import linear_cross_entropy
-from benthic.parallel.sequence import Share
+from benthic.parallel.sequence import Share, Whole
 from benthic.parallel.vocabulary import shared_cross_entropy
 from benthic.parallel.world import ALONE, World
-from benthic.train.balance import Whole, auxiliary_loss, count_loads, group_losses
+from benthic.train.balance import auxiliary_loss, count_loads
+from benthic.train.group_balance import group_losses
 
 IGNORED = -100
 """A label that no loss is taken at."""
@@ -52,23 +52,26 @@ class Losses:
     loads: dict[int, Tensor]
 
 
-def labels(batch: Batch, depth: int, masked: bool) -> Tensor:
-    """Labels of depth `depth` (0: the next token), int64 [B, S - depth], from tokens [B, S + 1].
+def labels(batch: Batch, depth: int, masked: bool, share: Share | None = None) -> Tensor:
+    """Labels of depth `depth` (0: the next token), int64 [B, S - depth], from tokens [B, S + 1]; of `share` those of
+    its positions.
 
     With `masked`, a label in another document than the position it is predicted from is ignored.
     """
     shift = depth + 1
     targets = batch.tokens[:, shift:]
-    if not masked:
-        return targets
-    crosses = batch.documents[:, shift:] != batch.documents[:, :-shift]
-    return targets.masked_fill(crosses, IGNORED)
+    if masked:
+        crosses = batch.documents[:, shift:] != batch.documents[:, :-shift]
+        targets = targets.masked_fill(crosses, IGNORED)
+    return targets if share is None else share.select(targets, IGNORED)
 
 
-def forward(model: LanguageModel, batch: Batch, masked: bool, num_predictions: int) -> States:
-    """Hidden states and routing of a micro-batch's inputs; `masked` keeps attention inside documents."""
+def forward(
+    model: LanguageModel, batch: Batch, masked: bool, num_predictions: int, share: Share | None = None
+) -> States:
+    """Hidden states and routing of a micro-batch's inputs, or a share; `masked` keeps attention inside documents."""
     documents = batch.documents[:, :-1] if masked else None
-    return model.states(batch.tokens[:, :-1], documents=documents, num_predictions=num_predictions)
+    return model.states(batch.tokens[:, :-1], documents=documents, num_predictions=num_predictions, share=share)
 
 
 def losses(
@@ -85,17 +88,12 @@ def losses(
     the gradients of the whole."""
     depths = model.config.num_nextn_predict_layers
     share = world.share(batch.tokens.shape[1] - 1)
-    if share is None:
-        states = forward(model, batch, masked, depths)
-    else:
-        documents = batch.documents[:, :-1] if masked else None
-        inputs = batch.tokens[:, :-1]
-        states = model.states_of_share(inputs, share, documents, num_predictions=depths)
-    main = _cross_entropy(model, states.hidden, _own_labels(batch, 0, masked, share), scale.valid_tokens, world)
+    states = forward(model, batch, masked, depths, share)
+    main = _cross_entropy(model, states.hidden, labels(batch, 0, masked, share), scale.valid_tokens, world)
     zero = main.new_zeros(())
     prediction = sum(
         (
-            _cross_entropy(model, hidden, _own_labels(batch, depth, masked, share), scale.valid_tokens * depths, world)
+            _cross_entropy(model, hidden, labels(batch, depth, masked, share), scale.valid_tokens * depths, world)
             for depth, hidden in enumerate(states.predictions, start=1)
         ),
         start=zero,
@@ -108,14 +106,6 @@ def losses(
         balance=balanced.detach(),
         loads={layer: count_loads(one.experts, one.scores.shape[-1]) for layer, one in states.routing.items()},
     )
-
-
-def _own_labels(batch: Batch, depth: int, masked: bool, share: Share | None) -> Tensor:
-    """Labels of this context rank's positions; those that have no label by their place in the sequence are ignored."""
-    targets = labels(batch, depth, masked)
-    if share is None:
-        return targets
-    return F.pad(targets, (0, depth), value=IGNORED)[:, share.positions(targets.device)]
 
 
 def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, divisor: int, world: World) -> Tensor:
