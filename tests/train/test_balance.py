@@ -12,11 +12,11 @@ from benthic.ops import Routing, route
 from benthic.train.balance import (
     auxiliary_loss,
     count_loads,
-    group_losses,
     max_violation,
     move_biases,
     scaled_speed,
 )
+from benthic.train.group_balance import group_losses
 from benthic.train.step import routing_biases
 from tests.train.small import small_model, small_run
 

@@ -30,7 +30,7 @@ def a_run(layout: str, steps: int = UPDATES) -> TrainConfig:
     # A vocabulary and widths that do not come out even over ranks: some hold less, some nothing.
     return small_run(
         steps=steps,
-        model=small_model(vocab_size=323, hidden_size=36, moe_intermediate_size=12),
+        model=small_model(vocab_size=322, hidden_size=36, moe_intermediate_size=12),
         batch={"sequences": 4, "micro_sequences": 1},
         evaluation=EvaluationConfig(every=100, max_tokens=100, final_max_tokens=100),
         checkpoint=CheckpointConfig(every=UPDATES, keep=None, asynchronous=bool(layout)),
@@ -58,7 +58,7 @@ def restored(config: TrainConfig, folder: Path) -> dict[str, tuple[tuple[slice, 
 def saved(tmp_path_factory):
     """Runs saved by layouts, and the blocks of each on one process, which are the wholes."""
     made = {}
-    for layout, ranks in (("", 1), ("fsdp=4,ep=2", 4)):
+    for layout, ranks in (("", 1), ("fsdp=4,ep=2", 4), ("fsdp=2,tp=2", 4)):
         folder = tmp_path_factory.mktemp("saved") / "run"
         on_ranks(ranks, train, a_run(layout), folder)
         made[layout] = folder, {name: one for name, (_, one) in on_ranks(1, restored, a_run(""), folder)[0].items()}
@@ -74,6 +74,8 @@ def saved(tmp_path_factory):
         ("fsdp=4,ep=2", 3, "fsdp=3"),
         ("fsdp=4,ep=2", 4, "fsdp=4,ep=4"),
         ("fsdp=4,ep=2", 4, "dp=4"),
+        ("fsdp=4,ep=2", 4, "cp=2,tp=2,ep=2"),
+        ("fsdp=2,tp=2", 2, "fsdp=2,ep=2"),
     ],
 )
 def test_another_layout_reads_the_same_bits(saved, before, ranks, after):
@@ -86,12 +88,20 @@ def test_another_layout_reads_the_same_bits(saved, before, ranks, after):
     assert all(seen.all() for seen in covered.values())
 
 
-def test_a_run_goes_on_under_another_layout_as_it_would_have_alone(tmp_path, saved):
+def test_what_is_cut_two_ways_is_put_together_as_it_was(saved):
+    whole, cut = saved[""][1], saved["fsdp=2,tp=2"][1]
+    assert whole.keys() == cut.keys()
+    for name, one in whole.items():
+        torch.testing.assert_close(cut[name], one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "fsdp=2,ep=2"), ("", "tp=2"), ("fsdp=2,tp=2", "cp=2,ep=2")])
+def test_a_run_goes_on_under_another_layout_as_it_would_have_alone(tmp_path, saved, before, after):
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     for folder in (alone, spread):
-        shutil.copytree(saved[""][0], folder)
+        shutil.copytree(saved[before][0], folder)
     on_ranks(1, train, a_run("", 6), alone, True)
-    on_ranks(2, train, a_run("fsdp=2,ep=2", 6), spread, True)
+    on_ranks(2, train, a_run(after, 6), spread, True)
     ends = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (alone, spread)]
     assert ends[0]["step"] == ends[1]["step"] == 6
     assert ends[1]["val_loss"] == pytest.approx(ends[0]["val_loss"], rel=1e-5)
