@@ -19,6 +19,7 @@ from benthic.config.train import TrainConfig
 from benthic.data import Batch
 from benthic.errors import NumericsError
 from benthic.files import write_atomic
+from benthic.model.float8 import weights_unchanged
 from benthic.model.language_model import LanguageModel
 from benthic.parallel.placement import forget_gathered, sum_gradients
 from benthic.parallel.world import ALONE, World
@@ -104,12 +105,13 @@ def launch(
     forget_gathered(model)
     parts: list[Losses] = []
     micros = list(micro_batches(on_device(batch, model.head_weight.device), config.batch.micro_sequences))
-    for micro in micros:
-        sum_gradients(model, micro is micros[-1], world)
-        part = losses(model, micro, scale, masked, weight, config.balance, world)
-        part.total.backward()
-        part.total = part.total.detach()
-        parts.append(part)
+    with weights_unchanged(model):
+        for micro in micros:
+            sum_gradients(model, micro is micros[-1], world)
+            part = losses(model, micro, scale, masked, weight, config.balance, world)
+            part.total.backward()
+            part.total = part.total.detach()
+            parts.append(part)
     optimizer.add_up_tensor_ranks()
     norms = optimizer.gradient_norms()
     norm = optimizer.joint_norm(norms)

@@ -15,6 +15,7 @@ from benthic.config.train import TrainConfig
 from benthic.data import Loader, prepare
 from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
+from benthic.model.float8 import weights_unchanged
 from benthic.parallel.placement import forget_gathered
 from benthic.parallel.world import ALONE, World
 from benthic.train.background import Background, aside
@@ -183,14 +184,16 @@ class Trainer:
         )
         placed = (on_device(batch, self.device) for batch in batches)
         token_bytes = self.corpus.token_bytes.to(self.device)
-        return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world)
+        with weights_unchanged(self.model):
+            return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world)
 
     def sample(self, display: Lines) -> None:
         """Complete the config's prompts."""
         sampling = self.config.sampling
         for prompt in sampling.prompts:
             limits = sampling.max_tokens, sampling.temperature
-            text = complete(self.model, self.tokenizer, prompt, *limits, self._dtype, self.world)
+            with weights_unchanged(self.model):
+                text = complete(self.model, self.tokenizer, prompt, *limits, self._dtype, self.world)
             self._append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
             display.note(f"sample at step {self.step}:\n{prompt}{text}")
         forget_gathered(self.model)
