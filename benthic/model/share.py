@@ -58,4 +58,6 @@ def states_of_share(
 
 def _first_rows(routing: Routing, sequences: int, count: int) -> Routing:
     """Of each sequence the first `count` rows."""
+    if len(routing.scores) == sequences * count:
+        return routing
     return Routing(*(one.unflatten(0, (sequences, -1))[:, :count].flatten(0, 1) for one in routing))

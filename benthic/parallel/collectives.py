@@ -15,6 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# torch 2.13 has given these their second names and warns of the first.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gathered(piece: Tensor, group: dist.ProcessGroup, dimension: int) -> Tensor:
     """The pieces of all ranks, one after another along `dimension`; their gradients are summed over ranks."""
@@ -30,7 +34,7 @@ def gather(piece: Tensor, group: dist.ProcessGroup, dimension: int) -> Tensor:
     """As `gathered`, without a gradient."""
     ranks = group.size()
     found = piece.new_empty(ranks * piece.shape[0], *piece.shape[1:])
-    dist.all_gather_into_tensor(found, piece.contiguous(), group=group)
+    _all_gather(found, piece.contiguous(), group=group)
     if dimension % piece.ndim == 0:
         return found
     return found.unflatten(0, (ranks, -1)).movedim(0, dimension % piece.ndim).flatten(*_pair(dimension, piece.ndim))
@@ -40,7 +44,7 @@ def reduce(part: Tensor, group: dist.ProcessGroup, dimension: int) -> Tensor:
     """As `reduced`, without a gradient."""
     pieces = part.unflatten(dimension, (group.size(), -1)).movedim(dimension % part.ndim, 0).contiguous()
     mine = part.new_empty(pieces.shape[1:])
-    dist.reduce_scatter_tensor(mine, pieces.flatten(0, 1), group=group)
+    _reduce_scatter(mine, pieces.flatten(0, 1), group=group)
     return mine
 
 

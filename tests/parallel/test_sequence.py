@@ -36,9 +36,7 @@ def test_stretches_of_all_ranks_are_put_in_order(context, size):
 @given(ranks, ranks, st.integers(1, 3), st.integers(0, 2))
 def test_rows_that_count_are_those_with_a_token_so_far_ahead(context, tensor, size, depth):
     length = 2 * context * tensor * size
-    shares = [
-        Share(length, context, here, tensor, piece) for here in range(context) for piece in range(tensor)
-    ]
+    shares = [Share(length, context, here, tensor, piece) for here in range(context) for piece in range(tensor)]
     assert sum(share.counted(depth) for share in shares) == length - depth
     for share in shares:
         piece = share.positions(CPU).chunk(tensor)[share.tensor_rank]
