@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benthic import ops
+from benthic.ops.recomputation import cheap
 from benthic.parallel.context import whole
 from benthic.parallel.sequence import Share
 
@@ -33,7 +34,7 @@ def attention_among(
     latent, rotary_key = rows.split_with_sizes((layer.rank, layer.rotary_width), -1)  # [B, S, C], [B, S, R]
     expanded = layer.kv_b_proj(latent).unflatten(-1, (layer.heads, -1))
     own, value = expanded.split_with_sizes((layer.key_width, layer.value_width), -1)
-    key = torch.cat((own, rotary_key[:, :, None].expand(-1, -1, layer.heads, -1)), -1)  # [B, S, H, N + R]
+    key = _keys(own, rotary_key)  # [B, S, H, N + R]
     query, parts, first = torch.cat((query, rotary_query), -1), [], 0
     for stretch in share.stretches:
         mine, seen = slice(first, first + len(stretch)), stretch.stop
@@ -41,3 +42,10 @@ def attention_among(
         parts.append(ops.attention(query[:, mine], key[:, :seen], value[:, :seen], layer.scale, mask))
         first = mine.stop
     return torch.cat(parts, 1)
+
+
+@cheap
+def _keys(own: Tensor, rotary_key: Tensor) -> Tensor:
+    """Each head's own channels and the rotated ones that heads share. They are those of the whole sequence on every
+    process, and may be dropped (memory.recomputation), as what `kv_b_proj` expands may."""
+    return torch.cat((own, rotary_key[:, :, None].expand(-1, -1, own.shape[2], -1)), -1)

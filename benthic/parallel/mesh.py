@@ -169,7 +169,7 @@ def description(layout: ParallelConfig, model: ModelConfig) -> str:
             f"heads, dense and shared widths and words split over {layout.tensor}, positions too between sublayers"
         )
     if layout.context > 1:
-        parts.append(f"every sequence over {layout.context}, an early and a late stretch each; latents gathered")
+        parts.append(f"every sequence over {layout.context}, an early and a late stretch each, latents gathered")
     if layout.expert > 1:
         held = model.n_routed_experts // layout.expert
         parts.append(

@@ -1,4 +1,4 @@
-"""Keeping experts evenly loaded: the routing bias (loss-free, arXiv:2408.15664) and the auxiliary losses.
+"""Keeping experts evenly loaded by the routing bias (loss-free, arXiv:2408.15664).
 
 Loss-free balancing moves a bias b_i that selection alone sees, after each update, by the sign of the error:
 b_i += speed * sign(mean load - load_i), the loads being those of the whole update. A load is a count of T*K/E tokens
@@ -14,14 +14,11 @@ Loads are counted from what a forward pass returns, so recomputation in the back
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from benthic.config.train import BalanceConfig
-from benthic.ops import Routing
-from benthic.parallel.sequence import Whole
 
 
 def count_loads(experts: Tensor, num_experts: int) -> Tensor:
@@ -55,32 +52,3 @@ def move_biases(biases: Mapping[int, Tensor], loads: Mapping[int, Tensor], confi
         direction -= direction.mean(-1, keepdim=True)
     moved = list(biases.values())
     torch._foreach_add_(moved, list(direction.to(moved[0].device).unbind()), alpha=speed)
-
-
-def auxiliary_loss(
-    kind: Literal["sequence", "expert", "batch"], routing: Routing, num_sequences: int, whole: Whole | None = None
-) -> Tensor:
-    """sum_i f_i P_i of one layer, a mean over sequences, before its weight alpha.
-
-    P_i is the mean of expert i's scores after dividing each token's by their sum. f_i is E/(K T) times the number of
-    tokens whose K best scores, bias and groups aside, contain i ("sequence", DeepSeek-V3 equations 17 to 20), or that
-    were sent to i ("expert", DeepSeek-V2 equations 23 to 25; "batch" takes all T tokens together). It is 1 when the
-    load is even. Gradient flows through P alone.
-
-    Where the routing is of a part of each sequence, `whole` tells of all: losses of the parts add up to that of the
-    whole, and so do gradients.
-    """
-    num_experts, num_chosen = routing.scores.shape[-1], routing.experts.shape[-1]
-    rows = 1 if kind == "batch" else num_sequences
-    best = routing.scores.topk(num_chosen, dim=-1).indices if kind == "sequence" else routing.experts
-    best = best.reshape(rows, -1)  # [B, S * K]
-    counts = torch.zeros(rows, num_experts, device=best.device)
-    counts.scatter_add_(1, best, torch.ones_like(best, dtype=counts.dtype))  # [B, E]
-    share = routing.scores / routing.scores.sum(-1, keepdim=True)
-    probability = share.reshape(rows, -1, num_experts).mean(1)  # [B, E]
-    if whole is None:
-        frequency = counts * (num_experts / best.shape[1])
-        return (frequency * probability).sum(-1).mean()
-    choices = num_chosen * whole.length * num_sequences // rows
-    frequency = whole.add_up(counts) * (num_experts / choices)
-    return (frequency * probability).sum(-1).mean() * (best.shape[1] / choices)

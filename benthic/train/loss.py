@@ -11,19 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from benthic.config.model import ModelConfig
 from benthic.config.train import BalanceConfig
 from benthic.data import Batch
 from benthic.model.language_model import LanguageModel, States
 from benthic.ops import linear_cross_entropy
-from benthic.parallel.sequence import Share, Whole
+from benthic.parallel.sequence import Share
 from benthic.parallel.vocabulary import shared_cross_entropy
 from benthic.parallel.world import ALONE, World
-from benthic.train.balance import auxiliary_loss, count_loads
-from benthic.train.group_balance import group_losses
+from benthic.train.auxiliary_loss import balance_loss
+from benthic.train.balance import count_loads
 
 IGNORED = -100
 """A label that no loss is taken at."""
@@ -75,14 +73,9 @@ def forward(
 
 
 def losses(
-    model: LanguageModel,
-    batch: Batch,
-    scale: Scale,
-    masked: bool,
-    weight: float,
-    balance: BalanceConfig,
+    model: LanguageModel, batch: Batch, scale: Scale, masked: bool, weight: float, balance: BalanceConfig,
     world: World = ALONE,
-) -> Losses:
+) -> Losses:  # fmt: skip
     """The part of the update's loss that `batch` holds. `weight` is lambda, the weight of the prediction loss. Where
     ranks of `world` share sequences, the part of this rank: they add up, and backward on all of them at once gives
     the gradients of the whole."""
@@ -98,7 +91,7 @@ def losses(
         ),
         start=zero,
     )
-    balanced = _balance(states, batch, scale, balance, model.config, zero, world)
+    balanced = balance_loss(states, batch, scale.sequences, balance, model.config, world)
     return Losses(
         total=main + weight * prediction + balanced,
         main=main.detach(),
@@ -113,30 +106,3 @@ def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, diviso
         return shared_cross_entropy(hidden, model.head_weight, targets, divisor, world.tensor_group)
     loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten(), divisor)
     return loss
-
-
-def _balance(
-    states: States,
-    batch: Batch,
-    scale: Scale,
-    config: BalanceConfig,
-    model: ModelConfig,
-    zero: Tensor,
-    world: World,
-) -> Tensor:
-    """This batch's part of the balance losses of all layers, weighed."""
-    kind, sequences = config.auxiliary_loss, batch.tokens.shape[0]
-    length, main = batch.tokens.shape[1] - 1, model.num_hidden_layers
-    wholes = [Whole(length - max(0, layer - main + 1), world.add_up_sequences) for layer in states.routing]
-    layers = list(zip(states.routing.values(), wholes if world.shares_sequences else [None] * len(wholes), strict=True))
-    total = zero
-    if layers and kind != "none" and config.alpha:
-        each = torch.stack([auxiliary_loss(kind, routing, sequences, whole) for routing, whole in layers])
-        total = total + config.alpha * sequences / scale.sequences * each.sum()
-    if layers and (config.device_alpha or config.communication_alpha):
-        groups = model.n_group, model.topk_group
-        each = [torch.stack(group_losses(routing, sequences, *groups, whole)) for routing, whole in layers]
-        both = torch.stack(each).sum(0)
-        weighed = config.device_alpha * both[0] + config.communication_alpha * both[1]
-        total = total + sequences / scale.sequences * weighed
-    return total

@@ -9,14 +9,13 @@ from benthic.errors import ConfigError
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
 from benthic.ops import Routing, route
+from benthic.train.auxiliary_loss import auxiliary_loss, group_losses
 from benthic.train.balance import (
-    auxiliary_loss,
     count_loads,
     max_violation,
     move_biases,
     scaled_speed,
 )
-from benthic.train.group_balance import group_losses
 from benthic.train.step import routing_biases
 from tests.train.small import small_model, small_run
 

@@ -11,10 +11,12 @@ import torch
 from benthic.config.parallel import ParallelConfig
 from benthic.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
 from benthic.errors import BenthicError
-from benthic.parallel.placement import part
+from benthic.parallel.placement import local, part, parts
 from benthic.parallel.world import joined
 from benthic.train import sharded_state
 from benthic.train import trainer as trainer_module
+from benthic.train.distributed import build_model
+from benthic.train.first_weights import set_first_weights
 from benthic.train.folder import RunFolder
 from benthic.train.run import run
 from benthic.train.trainer import Trainer
@@ -115,6 +117,27 @@ def test_a_finished_run_of_one_process_is_exported_by_several(tmp_path, saved):
     shutil.rmtree(folder / "model")
     on_ranks(2, train, a_run("fsdp=2"), folder, True)
     assert (folder / "model" / "model.safetensors").read_bytes() == written
+
+
+def begun(config: TrainConfig) -> dict[str, tuple[tuple[slice, ...], torch.Tensor]]:
+    """The blocks that a rank begins with, and where they lie."""
+    with joined(config.parallel, config.model, torch.device("cpu")) as world:
+        model = build_model(config, world, torch.device("cpu"))
+        set_first_weights(model, config, world)
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        held = parts(config.model, world)
+        return {name: (held[name].block, local(one).detach().clone()) for name, one in tensors}
+
+
+@pytest.mark.parametrize("layout", ["fsdp=2,tp=2", "cp=2,tp=2,ep=2"])
+def test_ranks_begin_with_their_blocks_of_another_models_folder(saved, layout):
+    folder = str(saved[""][0] / "model")
+    data = a_run("").data.replace(tokenizer=folder)
+    (wholes,) = on_ranks(1, begun, a_run("").replace(start_from=folder, data=data))
+    for blocks in on_ranks(4, begun, a_run(layout).replace(start_from=folder, data=data)):
+        assert blocks.keys() == wholes.keys()
+        for name, (block, one) in blocks.items():
+            assert torch.equal(one, wholes[name][1][block]), name
 
 
 def lost_in_reading(config: TrainConfig, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Ranks that have parts of the same sequences: whatever else a run chooses, three updates are those of one process."""
 
 import json
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,14 +10,16 @@ import torch
 
 from benthic.config.parallel import ParallelConfig
 from benthic.config.train import BalanceConfig, BatchConfig, LoggingConfig, TrainConfig
+from benthic.errors import ConfigError
 from benthic.parallel.world import joined
-from benthic.train.distributed import entered
+from benthic.train.distributed import build_model, check_batches, entered
 from benthic.train.trainer import Trainer
 from tests.parallel.processes import on_ranks
 from tests.train.small import small_model, small_run
 
 pytestmark = pytest.mark.slow
 
+HEADS = dict(qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
 CHOICES = {
     "documents kept apart": dict(data=small_run().data.replace(mask_documents=True)),
     "up-projections made again": dict(memory={"recomputation": "up_projections"}),
@@ -30,7 +33,7 @@ CHOICES = {
     "balance over micro-batches, bfloat16": dict(
         balance=BalanceConfig(auxiliary_loss="batch", alpha=1e-2), precision={"compute": "bfloat16"}
     ),
-    "FP8": dict(model=small_model(v_head_dim=16, moe_intermediate_size=32), precision={"compute": "float8"}),
+    "FP8": dict(model=small_model(**HEADS, moe_intermediate_size=32), precision={"compute": "float8"}),
     "no experts": dict(model=small_model(first_k_dense_replace=3)),
 }
 
@@ -83,3 +86,26 @@ def test_whatever_a_run_chooses_its_updates_are_those_of_one_process(alone, tmp_
                 assert other[measured] == (expected and pytest.approx(expected, rel=near)), (name, measured)
             if configs[name].precision.compute == "float32":
                 assert other["max_violation"] == one["max_violation"], name
+
+
+@pytest.mark.parametrize(
+    ("layout", "length", "told"),
+    [
+        ("cp=2", 18, "context parallelism over 2 ranks cuts it into 4 pieces, which must come out even"),
+        ("cp=2,tp=4", 20, "a rank's 10 positions of it are split over 4 tensor ranks, which must come out even"),
+        ("cp=4,tp=2", 8, "each of 4 context and 2 tensor ranks has 1 positions; 1 prediction layers need more"),
+    ],
+)
+def test_sequences_that_do_not_divide_are_refused(layout, length, told):
+    config = a_run(layout, data=small_run().data.replace(sequence_length=length))
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        check_batches(config)
+
+
+def test_pieces_too_narrow_for_fp8_are_refused():
+    world = Mock(size=2, layout=ParallelConfig(tensor=2))
+    with pytest.raises(
+        ConfigError,
+        match=r"leaves a rank 8 of the 16 rows of .*shared_experts.gate_proj.weight; FP8 needs a multiple of 16",
+    ):
+        build_model(a_run("tp=2", precision={"compute": "float8"}), world, torch.device("cpu"))
