@@ -139,6 +139,9 @@ class ParallelConfig(Settings):
             _must_divide("tensor", self.tensor, "num_key_value_heads", config.num_key_value_heads)
         _must_divide("tensor", self.tensor, "vocab_size", config.vocab_size)
         _must_divide("tensor", self.tensor, "intermediate_size", config.intermediate_size)
+        if config.n_routed_experts and config.n_shared_experts:
+            shared = config.moe_intermediate_size * config.n_shared_experts
+            _must_divide("tensor", self.tensor, "n_shared_experts x moe_intermediate_size", shared)
         if config.n_routed_experts:
             _must_divide("expert", self.expert, "n_routed_experts", config.n_routed_experts)
         elif self.expert > 1:
@@ -165,6 +168,11 @@ class ParallelConfig(Settings):
             raise ConfigError(
                 f"sequence_length is {sequence_length}; context parallelism over {self.context} ranks cuts it into "
                 f"{pieces} pieces, which must come out even"
+            )
+        if sequence_length // self.context % self.tensor:
+            raise ConfigError(
+                f"sequence_length is {sequence_length}; a rank's {sequence_length // self.context} positions of it "
+                f"are split over {self.tensor} tensor ranks, which must come out even"
             )
         count = sequences // share
         if self.schedule in ("dualpipe", "interleaved") and self.pipeline > 1:

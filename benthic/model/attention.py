@@ -10,20 +10,24 @@ from torch import Tensor, nn
 
 from benthic import ops
 from benthic.config.model import LATENT_NORM_EPS, ModelConfig
+from benthic.model.attention_among import attention_among
 from benthic.model.cache import Cache
 from benthic.model.pages import Pages
 from benthic.model.primitive import Linear, RMSNorm
+from benthic.parallel.sequence import Share
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """The positions of one forward pass: their rotations, what they may see (None for all before), and the rows of
-    tokens before them, if any are kept: of sequences of equal length in a `cache`, or of any sequences in `pages`."""
+    tokens before them, if any are kept: of sequences of equal length in a `cache`, or of any sequences in `pages`; or
+    held by other processes, which `share` tells of."""
 
     rotations: Complex64[Tensor, "positions pairs"]
     mask: Bool[Tensor, "batch_or_1 positions keys"] | None = None
     cache: Cache | None = None
     pages: Pages | None = None
+    share: Share | None = None
 
 
 class LatentAttention(nn.Module):
@@ -56,17 +60,19 @@ class LatentAttention(nn.Module):
         """Expands keys and values when no token came before, else works on the latents."""
         first, latent_and_key = self._first_projections(hidden)
         query = self.q_b_proj(self.q_a_layernorm(first)) if self.compresses_queries else first
-        query = query.view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + R]
+        query = query.unflatten(-1, (self.heads, -1))  # [B, S, H, N + R]
         if span.pages is not None:
             return self._paged(query[0], latent_and_key[0], span.pages, span.rotations)
         latent, key = latent_and_key.split_with_sizes((self.rank, self.rotary_width), -1)
         latent = self.kv_a_layernorm(latent)  # [B, S, C]
+        if span.share is not None:
+            return self.o_proj(attention_among(self, query, latent, key, span, span.share).flatten(2))
         if span.cache is not None:
             if span.cache.length:
                 return self._continue(query, latent, key, span, span.cache)
             turned = ops.rotary(key[:, :, None], span.rotations, self.interleaved)
             span.cache.write(self.layer, torch.cat((latent, turned[:, :, 0]), -1))
-        expanded = self.kv_b_proj(latent).view(*hidden.shape[:2], self.heads, -1)  # [B, S, H, N + V]
+        expanded = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))  # [B, S, H, N + V]
         query, key, value = ops.latent_heads(query, expanded, key, span.rotations, self.interleaved)
         out = ops.attention(query, key, value, self.scale, span.mask)
         return self.o_proj(out.flatten(2))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence, Set
 
 import torch
-import torch.nn.functional as F
 
 from benthic.model.cache import Cache
 from benthic.model.language_model import LanguageModel
@@ -31,7 +30,7 @@ def decode(
     for _ in range(params.max_tokens):
         states = model.states(torch.tensor([step], device=weight.device), cache=cache)
         # The head at the last position alone: a long prompt's logits can be larger than the model.
-        token = agreed(sampler.draw(F.linear(states.hidden[0, -1], model.head_weight)))
+        token = agreed(sampler.draw(model.logits(states.hidden[0, -1])))
         if token in ends:
             return
         yield token

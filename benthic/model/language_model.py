@@ -18,8 +18,10 @@ from benthic.model.cache import Cache
 from benthic.model.layer import DecoderLayer, PredictionLayer
 from benthic.model.pages import Pages
 from benthic.model.primitive import Embedding, Linear, RMSNorm
+from benthic.model.share import states_of_share
 from benthic.ops.rotary import RotaryTable
 from benthic.ops.route import Routing
+from benthic.parallel.sequence import Share
 
 
 class States(NamedTuple):
@@ -63,6 +65,10 @@ class LanguageModel(nn.Module):
         """The output head; the embedding itself where both are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    def logits(self, hidden: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens vocabulary"]:
+        """Of states before the head."""
+        return F.linear(hidden, self.head_weight)
+
     def forward(
         self, input_ids: Int64[Tensor, "batch positions"], *, return_mtp: bool = False, cache: Cache | None = None
     ) -> (
@@ -77,10 +83,10 @@ class LanguageModel(nn.Module):
         _check_range(input_ids, self.config.vocab_size)
         depth = min(self.config.num_nextn_predict_layers, input_ids.shape[-1] - 1) if return_mtp else 0
         states = self.states(input_ids, cache=cache, num_predictions=depth)
-        logits = F.linear(states.hidden, self.head_weight)
+        logits = self.logits(states.hidden)
         if not return_mtp:
             return logits
-        predictions = [F.linear(prediction, self.head_weight) for prediction in states.predictions]
+        predictions = [self.logits(prediction) for prediction in states.predictions]
         missing = self.config.num_nextn_predict_layers - depth
         return logits, predictions + [logits[:, :0]] * missing
 
@@ -91,13 +97,18 @@ class LanguageModel(nn.Module):
         documents: Int64[Tensor, "batch positions"] | None = None,
         cache: Cache | None = None,
         num_predictions: int = 0,
+        share: Share | None = None,
     ) -> States:
         """States before the head.
 
         `documents` numbers the packed document of each position, and attention stays within one; None lets it cross.
-        `cache` holds the tokens before, and takes these in. `num_predictions` prediction layers run.
+        `cache` holds the tokens before, and takes these in. `num_predictions` prediction layers run. `share` says
+        which rows are this process's where several train on the same sequences (share.py).
         """
         self._check(input_ids, documents, cache, num_predictions)
+        if share is not None:
+            rotations = self._rotations.rows(0, share.length, input_ids.device)
+            return States(*states_of_share(self.model, input_ids, rotations, share, documents, num_predictions))
         embedded = self.model.embed_tokens(input_ids)  # [B, S, D]
         span = self._span(input_ids, documents, cache)
         hidden, routing = embedded, {}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 
 def attention(
@@ -25,12 +26,14 @@ def attention(
 ) -> Float[Tensor, "batch positions heads value_width"]:
     """Softmax of scaled query-key products, over values.
 
-    Key heads Hk divide heads H; query head h reads key head h // (H / Hk). Without a mask, positions S must equal
-    keys L (causal) or 1 (sees all L).
+    Key heads Hk divide heads H; query head h reads key head h // (H / Hk). Without a mask, positions S are the last of
+    the keys' L, and each sees all keys up to its own.
     """
-    length = query.shape[1]
+    length, keys = query.shape[1], key.shape[1]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H, S, Dq]
     width = value.shape[-1]
+    # Says so without an array: kernels skip what is not seen.
+    later = mask is None and 1 < length < keys
     if query.device.type == "cpu" and width < query.shape[-1]:
         # The processor's fused kernel takes one width for all three; padding costs less than the S x L scores of the
         # plain path.
@@ -39,8 +42,8 @@ def attention(
         query,
         key,
         value,
-        attn_mask=None if mask is None else mask[:, None],
-        is_causal=mask is None and length > 1,
+        attn_mask=causal_lower_right(length, keys) if later else None if mask is None else mask[:, None],
+        is_causal=mask is None and length > 1 and not later,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -87,8 +90,12 @@ def causal_mask(start: int, length: int, device: torch.device) -> Bool[Tensor, "
     return (keys <= keys[start:, None])[None]
 
 
-def document_mask(documents: Int64[Tensor, "batch positions"]) -> Bool[Tensor, "batch positions positions"]:
-    """Causal, and within one document: which keys (last) a query sees, from document numbers."""
-    length = documents.shape[1]
-    same = documents[:, :, None] == documents[:, None, :]
-    return same & torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+def document_mask(
+    documents: Int64[Tensor, "batch keys"], queries: Int64[Tensor, " positions"] | None = None
+) -> Bool[Tensor, "batch positions keys"]:
+    """Causal, and within one document: which keys a query sees, from document numbers. `queries` are the positions
+    asked for, all by default."""
+    keys = torch.arange(documents.shape[1], device=documents.device)
+    queries = keys if queries is None else queries
+    same = documents[:, queries, None] == documents[:, None, :]
+    return same & (keys <= queries[:, None])

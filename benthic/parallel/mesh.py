@@ -15,19 +15,23 @@ from dataclasses import dataclass
 from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError
+from benthic.parallel.sequence import Share
 
 DENSE_AXES = ("pipeline", "replicate", "shard", "tensor")
 """The mesh of all that is no routed expert. Its shard axis takes the context ranks in: they hold the same weights."""
 EXPERT_AXES = ("pipeline", "expert_replicate", "expert_shard", "expert")
 """The same ranks as routed experts see them."""
+SEQUENCE_AXES = ("pipeline", "data", "context", "tensor")
+"""The same ranks as sequences see them: those of one data index read the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Sizes of both meshes, in the order of their axes; each multiplies to the world."""
+    """Sizes of the meshes, in the order of their axes; each multiplies to the world."""
 
     dense: tuple[int, int, int, int]
     experts: tuple[int, int, int, int]
+    sequences: tuple[int, int, int, int]
 
     def dense_place(self, rank: int) -> tuple[int, ...]:
         """Index of `rank` along DENSE_AXES."""
@@ -48,8 +52,44 @@ class Seat:
     @property
     def data_rank(self) -> int:
         """Which share of a batch this rank reads, of `layout.data`."""
-        _, replica, shard, _ = self.grid.dense_place(self.rank)
-        return replica * self.grid.dense[2] + shard
+        return self.sequence_place[1]
+
+    @property
+    def sequence_place(self) -> tuple[int, ...]:
+        """Index of this rank along SEQUENCE_AXES."""
+        return _digits(self.rank, self.grid.sequences)
+
+    @property
+    def readers(self) -> int:
+        """How many of the ranks can read texts of their own when none is shared."""
+        return self.size // self.layout.tensor
+
+    @property
+    def reader(self) -> int:
+        """Which of them this rank is, or belongs to."""
+        return self.rank // self.layout.tensor
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether, of the ranks that read the same sequences, this is the first: what they know alike counts once."""
+        return self.sequence_place[2:] == (0, 0)
+
+    @property
+    def shares_sequences(self) -> bool:
+        """Whether ranks each have a part of the same sequences."""
+        return self.layout.context > 1 or self.layout.tensor > 1
+
+    @property
+    def has_expert_mesh(self) -> bool:
+        """Whether routed experts lie over ranks otherwise than all else."""
+        return self.layout.expert > 1 or self.layout.tensor > 1
+
+    def share(self, length: int) -> Share | None:
+        """What this rank trains on of sequences of `length` positions; None where it is all of them."""
+        layout, (_, _, context, tensor) = self.layout, self.sequence_place
+        if not self.shares_sequences:
+            return None
+        return Share(length, layout.context, context, layout.tensor, tensor)
 
 
 def grid(layout: ParallelConfig) -> Grid:
@@ -64,6 +104,7 @@ def grid(layout: ParallelConfig) -> Grid:
     return Grid(
         dense=(layout.pipeline, replicate, shard, layout.tensor),
         experts=(layout.pipeline, copies // shards, shards, layout.expert),
+        sequences=(layout.pipeline, layout.data, layout.context, layout.tensor),
     )
 
 
@@ -74,16 +115,16 @@ def require_supported(layout: ParallelConfig, model: ModelConfig, world_size: in
             f"the layout ({layout}) is for {layout.world} processes, but {world_size} were started",
             hint=f"torchrun --nproc-per-node {layout.world}, or choose axes that multiply to {world_size}",
         )
-    for axis in ("pipeline", "tensor", "context"):
-        if getattr(layout, axis) > 1:
-            raise ConfigError(
-                f"parallel.{axis} is {getattr(layout, axis)}; the trainer spreads a run over replicate, shard and "
-                f"expert ranks, and leaves {axis} at 1",
-                hint="use parallel.shard for dense weights and parallel.expert for routed experts",
-            )
+    if layout.pipeline > 1:
+        raise ConfigError(
+            f"parallel.pipeline is {layout.pipeline}; the trainer spreads a run over replicate, shard, expert, tensor "
+            "and context ranks, and leaves pipeline at 1",
+            hint="use parallel.shard for dense weights and parallel.expert for routed experts",
+        )
     layout.check_model(model)
+    _require_latents(layout, model)
     shards = grid(layout).experts[2]
-    for name, size in _expert_widths(model, layout.expert):
+    for name, size in _expert_widths(layout, model):
         if shards > 1 and model.n_routed_experts // layout.expert % shards and size % shards:
             raise ConfigError(
                 f"{model.n_routed_experts // layout.expert} experts a rank cannot be split over the {shards} ranks "
@@ -92,8 +133,24 @@ def require_supported(layout: ParallelConfig, model: ModelConfig, world_size: in
             )
 
 
-def _expert_widths(model: ModelConfig, expert: int) -> list[tuple[str, int]]:
-    if expert == 1 or not model.n_routed_experts:
+def _require_latents(layout: ParallelConfig, model: ModelConfig) -> None:
+    """Heads and sequences are split over ranks where keys and values come from latents."""
+    for axis in ("tensor", "context"):
+        if getattr(layout, axis) > 1 and model.attention_kind != "mla":
+            raise ConfigError(
+                f"parallel.{axis} is {getattr(layout, axis)}; it needs a model with latent attention (kv_lora_rank), "
+                f"and this one's is {model.attention_kind}",
+                hint="use parallel.shard",
+            )
+    if layout.tensor > 1 and model.output_bias:
+        raise ConfigError(
+            f"parallel.tensor is {layout.tensor}; each of its ranks would add attention's output bias",
+            hint="use parallel.shard",
+        )
+
+
+def _expert_widths(layout: ParallelConfig, model: ModelConfig) -> list[tuple[str, int]]:
+    if layout.expert == layout.tensor == 1 or not model.n_routed_experts:
         return []
     return [("2 x moe_intermediate_size", 2 * model.moe_intermediate_size), ("hidden_size", model.hidden_size)]
 
@@ -107,6 +164,12 @@ def description(layout: ParallelConfig, model: ModelConfig) -> str:
         parts.append(f"{split[layout.zero]} split over {shards} (zero {layout.zero})")
     if replicas > 1:
         parts.append(f"{replicas} replicas, gradients summed over them")
+    if layout.tensor > 1:
+        parts.append(
+            f"heads, dense and shared widths and words split over {layout.tensor}, positions too between sublayers"
+        )
+    if layout.context > 1:
+        parts.append(f"every sequence over {layout.context}, an early and a late stretch each, latents gathered")
     if layout.expert > 1:
         held = model.n_routed_experts // layout.expert
         parts.append(

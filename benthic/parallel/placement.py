@@ -24,6 +24,7 @@ from benthic.config.manifest import Parameter, parameters
 from benthic.config.model import ModelConfig
 from benthic.parallel.experts import ExchangedExpertLayer
 from benthic.parallel.mesh import Seat
+from benthic.parallel.tensor import split_sublayers, tensor_axis
 from benthic.parallel.world import World
 
 
@@ -70,20 +71,19 @@ def spread(
     """
     if world.dense is None or world.experts is None:
         return
+    if world.tensor_group is not None:
+        _cut_dense(model, config, world)
+        split_sublayers(model, config, world.tensor_group)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     keeps = world.layout.zero < 3
     dense = _data_mesh(world.dense, "replicate", "shard")
     copies = _data_mesh(world.experts, "expert_replicate", "expert_shard")
     own: set[nn.Parameter] = set()
-    for path in expert_layers(config) if world.layout.expert > 1 else ():
-        parts = dict(model.get_submodule(path).named_children())
-        experts = parts["experts"]
-        _cut_experts(experts, world, torch.float32 if copies.size() > 1 else compute)
-        owner, _, name = path.rpartition(".")
-        group = world.experts["expert"].get_group()
-        narrow = f"{path}.experts.gate_up_proj" in in_float8
-        exchanged = ExchangedExpertLayer(parts["gate"], experts, parts.get("shared_experts"), group, narrow)
-        setattr(model.get_submodule(owner), name, exchanged)
+    for path in expert_layers(config) if world.has_expert_mesh else ():
+        experts = model.get_submodule(f"{path}.experts")
+        if world.layout.expert > 1:
+            _cut_experts(experts, world, torch.float32 if copies.size() > 1 else compute)
+            _exchange(model, path, world, narrow=f"{path}.experts.gate_up_proj" in in_float8)
         if copies.size() > 1:
             _shard(experts, copies, policy, keeps, own, _shard_experts(world.grid.experts[2]))
         else:
@@ -102,6 +102,28 @@ def expert_layers(config: ModelConfig) -> Iterator[str]:
     for row in parameters(config):
         if row.part == "router" and row.group != "routing_bias":
             yield row.name.removesuffix(".gate.weight")
+
+
+def _exchange(model: nn.Module, path: str, world: World, narrow: bool) -> None:
+    """Put an expert layer in the place of the one at `path` whose tokens go to the ranks of their experts."""
+    parts = dict(model.get_submodule(path).named_children())
+    group = world.experts["expert"].get_group()  # pyrefly: ignore[unsupported-operation]  there is a mesh
+    exchanged = ExchangedExpertLayer(parts["gate"], parts["experts"], parts.get("shared_experts"), group, narrow)
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, exchanged)
+
+
+def _cut_dense(model: nn.Module, config: ModelConfig, world: World) -> None:
+    """Leave of each parameter that tensor ranks split this rank's piece."""
+    index, ranks = world.sequence_place[-1], world.layout.tensor
+    for row in parameters(config):
+        axis = tensor_axis(row)
+        if axis is None:
+            continue
+        owner, _, leaf = row.name.rpartition(".")
+        module = model.get_submodule(owner)
+        mine = getattr(module, leaf).detach().chunk(ranks, axis)[index].clone()
+        setattr(module, leaf, nn.Parameter(mine))
 
 
 def _data_mesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
@@ -165,12 +187,27 @@ def part(row: Parameter, seat: Seat) -> Part:
     whole = Part.whole(row.shape)
     if seat.size == 1 or row.group == "routing_bias":
         return whole
-    if row.part == "routed" and seat.layout.expert > 1:
+    if row.part == "routed" and seat.has_expert_mesh:
         _, _, shard, expert = seat.grid.expert_place(seat.rank)
         mine = _split(whole, 0, seat.layout.expert, expert)
         shards = seat.grid.experts[2]
         return _split(mine, shard_dimension(mine.size, shards), shards, shard)
-    return _split(whole, 0, seat.grid.dense[2], seat.grid.dense_place(seat.rank)[2])
+    _, _, shard, tensor = seat.grid.dense_place(seat.rank)
+    axis = tensor_axis(row)
+    mine = whole if axis is None else _split(whole, axis, seat.layout.tensor, tensor)
+    return _split(mine, 0, seat.grid.dense[2], shard)
+
+
+def copies(row: Parameter, seat: Seat) -> int:
+    """How many ranks hold the same block of a row."""
+    if row.part == "routed" and seat.has_expert_mesh:
+        return seat.grid.experts[1]
+    return seat.grid.dense[1] * (seat.layout.tensor if tensor_axis(row) is None else 1)
+
+
+def undivided(row: Parameter) -> bool:
+    """Whether every tensor rank holds all of a trained row, and its own tokens' part of the gradient."""
+    return row.part != "routed" and row.group != "routing_bias" and tensor_axis(row) is None
 
 
 def _split(part: Part, dimension: int, pieces: int, index: int) -> Part:
@@ -187,18 +224,19 @@ def _split(part: Part, dimension: int, pieces: int, index: int) -> Part:
 def as_distributed(row: Parameter, block: Tensor, world: World) -> Tensor:
     """A rank's block as the DTensor of the whole, for a checkpoint; alone, the tensor itself. The block stays where it
     is: from_local would copy one on the processor to the mesh's GPU."""
-    if world.dense is None or world.experts is None:
+    if world.storage is None or world.experts is None:
         return block
     placements: list[Placement]
-    if row.part == "routed" and world.layout.expert > 1:
+    if row.part == "routed" and world.has_expert_mesh:
         mesh = world.experts["expert_replicate", "expert_shard", "expert"]
         held = row.shape[0] // world.layout.expert
         dimension = shard_dimension((held, *row.shape[1:]), world.grid.experts[2])
         inner = _StridedShard(0, split_factor=world.layout.expert) if dimension == 0 else Shard(1)
         placements = [Replicate(), inner, Shard(0)]
     else:
-        mesh = world.dense["replicate", "shard"]
-        placements = [Replicate(), Replicate() if row.group == "routing_bias" else Shard(0)]
+        mesh, axis = world.storage, tensor_axis(row)
+        cut = Replicate() if axis is None else Shard(axis)
+        placements = [Replicate(), cut, Replicate() if row.group == "routing_bias" else Shard(0)]
     stride = tuple(prod(row.shape[axis + 1 :]) for axis in range(len(row.shape)))
     facts = TensorMeta(torch.Size(row.shape), stride, block.dtype)
     return DTensor(block.detach(), DTensorSpec(mesh, tuple(placements), tensor_meta=facts), requires_grad=False)

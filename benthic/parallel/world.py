@@ -7,8 +7,9 @@ import copy
 import datetime
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -21,8 +22,9 @@ from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
 from benthic.parallel.faults import one_speaks
-from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, Seat, description, require_supported
+from benthic.parallel.mesh import DENSE_AXES, EXPERT_AXES, SEQUENCE_AXES, Seat, description, require_supported
 from benthic.parallel.pulse import beating
+from benthic.parallel.sequence import Share
 
 TIMEOUT = datetime.timedelta(minutes=5)
 """How long a collective of an update waits for a rank that is alive and silent; a dead one is noticed at once."""
@@ -43,6 +45,8 @@ class World(Seat):
         self.device = device
         self.dense: DeviceMesh | None = None
         self.experts: DeviceMesh | None = None
+        self.storage: DeviceMesh | None = None
+        """The ranks of a stage in the order in which dense parameters are cut: by tensor ranks, then by shards."""
         self.control: dist.ProcessGroup | None = None
         if self.size > 1:
             # Words between hosts go through their network, so that no GPU is waited for.
@@ -50,6 +54,23 @@ class World(Seat):
             self.control = cast(dist.ProcessGroup, dist.new_group(backend=backend, timeout=PATIENCE))
             self.dense = init_device_mesh(device.type, self.grid.dense, mesh_dim_names=DENSE_AXES)
             self.experts = init_device_mesh(device.type, self.grid.experts, mesh_dim_names=EXPERT_AXES)
+            stage = torch.arange(self.size).view(self.grid.dense)[self.grid.dense_place(self.rank)[0]]
+            names = ("replicate", "tensor", "shard")
+            self.storage = DeviceMesh(device.type, stage.mT, mesh_dim_names=names, _init_backend=False)
+        self._sequences: dict[str, dist.ProcessGroup] = {}
+        if layout.context > 1 or layout.tensor > 1:
+            mesh = init_device_mesh(device.type, self.grid.sequences, mesh_dim_names=SEQUENCE_AXES)
+            self._sequences = {axis: mesh[axis].get_group() for axis in ("context", "tensor") if mesh[axis].size() > 1}
+
+    def share(self, length: int) -> Share | None:
+        """As Seat's, with the context ranks as processes."""
+        found = super().share(length)
+        return None if found is None else replace(found, group=self._sequences.get("context"))
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """The ranks that have the other heads, columns and words, None where this one has all."""
+        return self._sequences.get("tensor")
 
     @property
     def leads(self) -> bool:
@@ -71,6 +92,21 @@ class World(Seat):
             dist.all_reduce(joined)
             for tensor, total in zip(alike, joined.split([tensor.numel() for tensor in alike]), strict=True):
                 tensor.copy_(total.view_as(tensor))
+
+    def add_up_sequences(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that each have a part of the same sequences, in place."""
+        for group in self._sequences.values():
+            dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def add_up_tensor_ranks(self, *tensors: Tensor) -> None:
+        """Sum each tensor over the tensor ranks, in place, as one message; all are of one type."""
+        if self.tensor_group is None or not tensors:
+            return
+        joined = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(joined, group=self.tensor_group)
+        for tensor, total in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     def agree(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -103,13 +139,12 @@ class World(Seat):
             if self.leads:
                 self.wait_for_all()
 
-    def joint_norm(self, dense: Tensor | None, routed: Tensor | None) -> Tensor:
-        """The norm, on all ranks, of what is spread over them as parameters are, from each rank's norms of its blocks
-        (None for no block): float32 scalar. Replicas hold the same numbers, so each gives its share."""
+    def joint_norm(self, norms: Mapping[int, Tensor]) -> Tensor:
+        """The norm, on all ranks, of what is spread over them as parameters are: float32 scalar. From this rank's
+        norm of its blocks, by how many ranks hold the same numbers: each gives its share."""
         total = torch.zeros((), device=self.device)
-        for norm, copies in ((dense, self.grid.dense[1]), (routed, self.grid.experts[1])):
-            if norm is not None:
-                total += norm.square() / copies
+        for copies, norm in norms.items():
+            total += norm.square() / copies
         self.add_up(total)
         return total.sqrt()
 

@@ -115,14 +115,16 @@ def _turns(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool
     """This rank's batches of a list that all ranks walk through alike, and whether they count. Ranks pass the same
     layers together, so a turn has sequences of one length, and where there is no batch left one is read in vain."""
     for _, alike in groupby(batches, lambda batch: batch.tokens.shape[1]):
-        while turn := list(islice(alike, world.size)):
-            yield turn[min(world.rank, len(turn) - 1)], world.rank < len(turn)
+        while turn := list(islice(alike, world.readers)):
+            yield turn[min(world.reader, len(turn) - 1)], world.reader < len(turn)
 
 
 def _over_ranks(total: Validation, model: LanguageModel, world: World, device: torch.device) -> Validation:
     """The sums of all ranks."""
     if world.size == 1:
         return total
+    if world.rank % world.layout.tensor:  # these have read what the first of their tensor ranks has
+        total = Validation(agreed=[0] * len(total.agreed), compared=[0] * len(total.compared))
     nats = torch.tensor(total.nats, dtype=torch.float64, device=device)
     depths = len(total.agreed)
     counts = torch.tensor([total.tokens, total.text_bytes, *total.agreed, *total.compared], device=device)
@@ -138,12 +140,12 @@ def _head(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[float,
     """Summed nats at valid targets, and the likeliest token of every row."""
     nats, likeliest = 0.0, []
     for rows, wanted in zip(hidden.flatten(0, 1).split(_ROWS), targets.split(_ROWS), strict=True):
-        logits = (rows @ model.head_weight.T).float()
+        logits = model.logits(rows).float()
         nats += float(torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum").double())
         likeliest.append(logits.argmax(-1))
     return nats, torch.cat(likeliest)
 
 
 def _likeliest(model: LanguageModel, hidden: Tensor) -> Tensor:
-    rows = [(part @ model.head_weight.T).argmax(-1) for part in hidden.flatten(0, 1).split(_ROWS)]
+    rows = [model.logits(part).argmax(-1) for part in hidden.flatten(0, 1).split(_ROWS)]
     return torch.cat(rows).view(hidden.shape[:2])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from benthic.checkpoint import load_into, open_checkpoint
+from benthic.checkpoint import Checkpoint, load_into, open_checkpoint, read_weights
 from benthic.config.model import ModelConfig
 from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
-from benthic.parallel.placement import local, parts
+from benthic.parallel.placement import Part, local, parts
 from benthic.parallel.world import World
 from benthic.train.distributed import compute_dtype
 
@@ -25,13 +27,33 @@ def set_first_weights(model: LanguageModel, config: TrainConfig, world: World) -
     if config.start_from is not None:
         checkpoint = open_checkpoint(config.start_from)
         _refuse_other_mathematics(checkpoint.config, config.model, config.start_from)
-        load_into(model, checkpoint)
+        if world.size == 1:
+            load_into(model, checkpoint)
+        else:
+            _load_parts(model, checkpoint, parts(config.model, world))
         logger.info("weights of %s", config.start_from)
         return
     initialise(model, config.seed, parts(config.model, world))
     # One process draws its weights in the type it computes in; masters that FSDP keeps begin with the same.
     for parameter in model.parameters():
         local(parameter).copy_(local(parameter).to(compute_dtype(config)))
+
+
+def _load_parts(model: LanguageModel, checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
+    """Fill what this rank holds of each tensor. Every rank reads all of the folder, a tensor at a time."""
+    tensors = {name: local(one) for name, one in (*model.named_parameters(), *model.named_buffers())}
+    for row, stored in read_weights(checkpoint):
+        target, (block, *inner) = tensors[row.source.name], parts[row.source.name].block
+        if row.duplicate:
+            continue
+        if row.expert is None:
+            target.copy_(stored[block, *inner])
+        elif block.start <= row.expert < block.stop:
+            rows, columns = inner
+            first, last = max(rows.start, row.first_row), min(rows.stop, row.first_row + row.shape[0])
+            if first < last:
+                found = stored[first - row.first_row : last - row.first_row, columns]
+                target[row.expert - block.start, first - rows.start : last - rows.start].copy_(found)
 
 
 def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: str) -> None:

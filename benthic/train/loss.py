@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from benthic.config.model import ModelConfig
 from benthic.config.train import BalanceConfig
 from benthic.data import Batch
 from benthic.model.language_model import LanguageModel, States
 from benthic.ops import linear_cross_entropy
-from benthic.train.balance import auxiliary_loss, count_loads, group_losses
+from benthic.parallel.sequence import Share
+from benthic.parallel.vocabulary import shared_cross_entropy
+from benthic.parallel.world import ALONE, World
+from benthic.train.auxiliary_loss import balance_loss
+from benthic.train.balance import count_loads
 
 IGNORED = -100
 """A label that no loss is taken at."""
@@ -48,41 +50,48 @@ class Losses:
     loads: dict[int, Tensor]
 
 
-def labels(batch: Batch, depth: int, masked: bool) -> Tensor:
-    """Labels of depth `depth` (0: the next token), int64 [B, S - depth], from tokens [B, S + 1].
+def labels(batch: Batch, depth: int, masked: bool, share: Share | None = None) -> Tensor:
+    """Labels of depth `depth` (0: the next token), int64 [B, S - depth], from tokens [B, S + 1]; of `share` those of
+    its positions.
 
     With `masked`, a label in another document than the position it is predicted from is ignored.
     """
     shift = depth + 1
     targets = batch.tokens[:, shift:]
-    if not masked:
-        return targets
-    crosses = batch.documents[:, shift:] != batch.documents[:, :-shift]
-    return targets.masked_fill(crosses, IGNORED)
+    if masked:
+        crosses = batch.documents[:, shift:] != batch.documents[:, :-shift]
+        targets = targets.masked_fill(crosses, IGNORED)
+    return targets if share is None else share.select(targets, IGNORED)
 
 
-def forward(model: LanguageModel, batch: Batch, masked: bool, num_predictions: int) -> States:
-    """Hidden states and routing of a micro-batch's inputs; `masked` keeps attention inside documents."""
+def forward(
+    model: LanguageModel, batch: Batch, masked: bool, num_predictions: int, share: Share | None = None
+) -> States:
+    """Hidden states and routing of a micro-batch's inputs, or a share; `masked` keeps attention inside documents."""
     documents = batch.documents[:, :-1] if masked else None
-    return model.states(batch.tokens[:, :-1], documents=documents, num_predictions=num_predictions)
+    return model.states(batch.tokens[:, :-1], documents=documents, num_predictions=num_predictions, share=share)
 
 
 def losses(
-    model: LanguageModel, batch: Batch, scale: Scale, masked: bool, weight: float, balance: BalanceConfig
-) -> Losses:
-    """The part of the update's loss that `batch` holds. `weight` is lambda, the weight of the prediction loss."""
+    model: LanguageModel, batch: Batch, scale: Scale, masked: bool, weight: float, balance: BalanceConfig,
+    world: World = ALONE,
+) -> Losses:  # fmt: skip
+    """The part of the update's loss that `batch` holds. `weight` is lambda, the weight of the prediction loss. Where
+    ranks of `world` share sequences, the part of this rank: they add up, and backward on all of them at once gives
+    the gradients of the whole."""
     depths = model.config.num_nextn_predict_layers
-    states = forward(model, batch, masked, depths)
-    main = _cross_entropy(model, states.hidden, labels(batch, 0, masked), scale.valid_tokens)
+    share = world.share(batch.tokens.shape[1] - 1)
+    states = forward(model, batch, masked, depths, share)
+    main = _cross_entropy(model, states.hidden, labels(batch, 0, masked, share), scale.valid_tokens, world)
     zero = main.new_zeros(())
     prediction = sum(
         (
-            _cross_entropy(model, hidden, labels(batch, depth, masked), scale.valid_tokens * depths)
+            _cross_entropy(model, hidden, labels(batch, depth, masked, share), scale.valid_tokens * depths, world)
             for depth, hidden in enumerate(states.predictions, start=1)
         ),
         start=zero,
     )
-    balanced = _balance(states, batch, scale, balance, model.config, zero)
+    balanced = balance_loss(states, batch, scale.sequences, balance, model.config, world)
     return Losses(
         total=main + weight * prediction + balanced,
         main=main.detach(),
@@ -92,23 +101,8 @@ def losses(
     )
 
 
-def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, divisor: int) -> Tensor:
+def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, divisor: int, world: World) -> Tensor:
+    if world.tensor_group is not None:
+        return shared_cross_entropy(hidden, model.head_weight, targets, divisor, world.tensor_group)
     loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten(), divisor)
     return loss
-
-
-def _balance(
-    states: States, batch: Batch, scale: Scale, config: BalanceConfig, model: ModelConfig, zero: Tensor
-) -> Tensor:
-    """This batch's part of the balance losses of all layers, weighed."""
-    kind, sequences = config.auxiliary_loss, batch.tokens.shape[0]
-    layers, total = list(states.routing.values()), zero
-    if layers and kind != "none" and config.alpha:
-        each = torch.stack([auxiliary_loss(kind, routing, sequences) for routing in layers])
-        total = total + config.alpha * sequences / scale.sequences * each.sum()
-    if layers and (config.device_alpha or config.communication_alpha):
-        groups = model.n_group, model.topk_group
-        both = torch.stack([torch.stack(group_losses(routing, sequences, *groups)) for routing in layers]).sum(0)
-        weighed = config.device_alpha * both[0] + config.communication_alpha * both[1]
-        total = total + sequences / scale.sequences * weighed
-    return total

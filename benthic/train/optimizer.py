@@ -19,7 +19,7 @@ from benthic.errors import CheckpointError
 from benthic.model.language_model import LanguageModel
 from benthic.numerics.reference.adamw import Rule
 from benthic.ops.adamw import gradient_norms
-from benthic.parallel.placement import block, local
+from benthic.parallel.placement import block, copies, local, undivided
 from benthic.parallel.world import ALONE, World
 from benthic.train.adamw import FIRST, SECOND, OnePass, OnProcessor
 from benthic.train.offload import Lanes, lanes_of
@@ -47,7 +47,8 @@ class Optimizer:
         # FSDP's masters are float32 already, and gathered in the compute type: this rank's blocks are updated in place.
         self._parameters: dict[str, Tensor] = {name: block(parameter) for name, parameter in self._trained.items()}
         rows = list(parameters(model.config))
-        self._exchanged = {row.name for row in rows if row.part == "routed" and world.layout.expert > 1}
+        self._copies = {row.name: copies(row, world) for row in rows}
+        self._undivided = [row.name for row in rows if undivided(row)] if world.layout.tensor > 1 else []
         self._sums: dict[str, Tensor] = {}
         self._device = next(iter(self._parameters.values())).device
         lanes = lanes_of(self._device) if offload else None
@@ -86,6 +87,12 @@ class Optimizer:
         for parameter in self._trained.values():
             parameter.grad = None
 
+    @torch.no_grad()
+    def add_up_tensor_ranks(self) -> None:
+        """Sum over tensor ranks the gradients of what each of them holds whole: each had its own positions or heads."""
+        found = self.gradients()
+        self._world.add_up_tensor_ranks(*(found[name] for name in self._undivided if name in found))
+
     def gradient_norms(self) -> dict[str, Tensor]:
         """The norm of each gradient by name, float32 scalars on the device."""
         found = self.gradients()
@@ -95,9 +102,10 @@ class Optimizer:
         """The norm of all gradients together, on all ranks, from those of this rank's blocks by name."""
         if self._world.size == 1:
             return joint_norm(norms)
-        routed = {name: norm for name, norm in norms.items() if name in self._exchanged}
-        dense = {name: norm for name, norm in norms.items() if name not in self._exchanged}
-        return self._world.joint_norm(*(joint_norm(some) if some else None for some in (dense, routed)))
+        by_copies: dict[int, dict[str, Tensor]] = {}
+        for name, norm in norms.items():
+            by_copies.setdefault(self._copies[name], {})[name] = norm
+        return self._world.joint_norm({count: joint_norm(some) for count, some in by_copies.items()})
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_norm: Tensor, finite: Tensor | None = None) -> None:

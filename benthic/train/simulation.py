@@ -130,7 +130,8 @@ def _held(rows: list[Parameter], seat: Seat) -> int:
 def exchange(config: TrainConfig) -> Exchange:
     """Dispatch a micro-batch of every rank of one group, routed by the model's rule from random scores."""
     model, ranks = config.model, config.parallel.expert
-    tokens = config.batch.micro_sequences * config.data.sequence_length
+    shared = config.parallel.context * config.parallel.tensor
+    tokens = config.batch.micro_sequences * config.data.sequence_length // shared
     stream = torch.Generator().manual_seed(config.seed)
     bias = torch.zeros(model.n_routed_experts) if model.has_routing_bias else None
     held = model.n_routed_experts // ranks

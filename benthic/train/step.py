@@ -93,7 +93,8 @@ def launch(
     """
     masked = config.data.mask_documents
     ranks = config.parallel.data
-    scale = Scale(world.total(int((labels(batch, 0, masked) != IGNORED).sum())), len(batch.tokens) * ranks)
+    counted = int((labels(batch, 0, masked) != IGNORED).sum()) if world.reads_first else 0
+    scale = Scale(world.total(counted), len(batch.tokens) * ranks)
     if not scale.valid_tokens:
         raise NumericsError(
             f"update {place.step} has no label: every token's next one is in another document",
@@ -107,10 +108,11 @@ def launch(
     with weights_unchanged(model):
         for micro in micros:
             sum_gradients(model, micro is micros[-1], world)
-            part = losses(model, micro, scale, masked, weight, config.balance)
+            part = losses(model, micro, scale, masked, weight, config.balance, world)
             part.total.backward()
             part.total = part.total.detach()
             parts.append(part)
+    optimizer.add_up_tensor_ranks()
     norms = optimizer.gradient_norms()
     norm = optimizer.joint_norm(norms)
     recorded = [torch.stack((part.main, part.prediction, part.balance, part.total)) for part in parts]

@@ -11,14 +11,15 @@ from benthic.errors import ConfigError
 from benthic.parallel.mesh import description, grid, require_supported
 from tests.train.small import small_model
 
+FOUR = dict(num_attention_heads=4, num_key_value_heads=4)
 V3 = ModelConfig.from_pretrained("deepseek-v3")
 axis = st.sampled_from([1, 2, 3, 4])
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> ParallelConfig:
-    fields = {name: draw(axis) for name in ("replicate", "shard", "pipeline", "tensor")}
-    ranks = fields["replicate"] * fields["shard"] * fields["tensor"]
+    fields = {name: draw(axis) for name in ("replicate", "shard", "pipeline", "tensor", "context")}
+    ranks = fields["replicate"] * fields["shard"] * fields["tensor"] * fields["context"]
     expert = draw(st.sampled_from([size for size in range(1, ranks + 1) if ranks % size == 0]))
     return ParallelConfig(**fields, expert=expert, zero=draw(st.integers(0, 3)))
 
@@ -63,10 +64,40 @@ def test_a_layout_for_another_number_of_processes_is_refused():
     )
 
 
-@pytest.mark.parametrize("axis", ["pipeline", "tensor", "context"])
-def test_an_axis_that_only_the_planner_knows_is_refused(axis):
-    with pytest.raises(ConfigError, match=rf"parallel\.{axis} is 2; the trainer spreads a run over replicate, shard"):
-        require_supported(ParallelConfig(**{axis: 2}), small_model(), 2)
+def test_an_axis_that_only_the_planner_knows_is_refused():
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline is 2; the trainer spreads a run over replicate, shard"):
+        require_supported(ParallelConfig(pipeline=2), small_model(), 2)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_a_model_without_latents_is_split_over_no_tensor_or_context_ranks(axis):
+    plain = small_model(
+        kv_lora_rank=None, q_lora_rank=None, qk_nope_head_dim=None, qk_rope_head_dim=None, v_head_dim=None
+    )
+    with pytest.raises(ConfigError, match=rf"parallel\.{axis} is 2; it needs a model with latent attention .* is mha"):
+        require_supported(ParallelConfig(**{axis: 2}), plain, 2)
+
+
+def test_a_bias_that_every_tensor_rank_would_add_is_refused():
+    with pytest.raises(ConfigError, match="each of its ranks would add attention's output bias"):
+        require_supported(ParallelConfig(tensor=2), small_model(output_bias=True), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(), r"tensor is 4; it must divide num_attention_heads \(2\)"),
+        (FOUR | dict(vocab_size=322), r"tensor is 4; it must divide vocab_size \(322\)"),
+        (FOUR | dict(intermediate_size=66), r"tensor is 4; it must divide intermediate_size \(66\)"),
+        (
+            FOUR | dict(moe_intermediate_size=18),
+            r"tensor is 4; it must divide n_shared_experts x moe_intermediate_size \(18\)",
+        ),
+    ],
+)
+def test_what_tensor_ranks_do_not_divide_is_refused(changes, told):
+    with pytest.raises(ConfigError, match=told):
+        require_supported(ParallelConfig(tensor=4), small_model(**changes), 4)
 
 
 def test_experts_that_do_not_divide_are_refused():
@@ -84,6 +115,15 @@ def test_the_description_says_what_each_axis_is_for():
     assert description(layout, V3) == (
         "256 ranks; optimiser states split over 128 (zero 1); 2 replicas, gradients summed over them; "
         "256 experts over 64, 4 each, in 4 copies"
+    )
+
+
+def test_the_description_says_how_sequences_and_heads_are_split():
+    told = description(ParallelConfig(context=4, tensor=2), V3)
+    assert told == (
+        "8 ranks; weights, gradients and optimiser states split over 4 (zero 3); heads, dense and shared widths and "
+        "words split over 2, positions too between sublayers; every sequence over 4, an early and a late stretch "
+        "each, latents gathered"
     )
 
 

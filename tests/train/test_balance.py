@@ -9,10 +9,9 @@ from benthic.errors import ConfigError
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
 from benthic.ops import Routing, route
+from benthic.train.auxiliary_loss import auxiliary_loss, group_losses
 from benthic.train.balance import (
-    auxiliary_loss,
     count_loads,
-    group_losses,
     max_violation,
     move_biases,
     scaled_speed,

@@ -11,10 +11,12 @@ import torch
 from benthic.config.parallel import ParallelConfig
 from benthic.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
 from benthic.errors import BenthicError
-from benthic.parallel.placement import part
+from benthic.parallel.placement import local, part, parts
 from benthic.parallel.world import joined
 from benthic.train import sharded_state
 from benthic.train import trainer as trainer_module
+from benthic.train.distributed import build_model
+from benthic.train.first_weights import set_first_weights
 from benthic.train.folder import RunFolder
 from benthic.train.run import run
 from benthic.train.trainer import Trainer
@@ -30,7 +32,7 @@ def a_run(layout: str, steps: int = UPDATES) -> TrainConfig:
     # A vocabulary and widths that do not come out even over ranks: some hold less, some nothing.
     return small_run(
         steps=steps,
-        model=small_model(vocab_size=323, hidden_size=36, moe_intermediate_size=12),
+        model=small_model(vocab_size=322, hidden_size=36, moe_intermediate_size=12),
         batch={"sequences": 4, "micro_sequences": 1},
         evaluation=EvaluationConfig(every=100, max_tokens=100, final_max_tokens=100),
         checkpoint=CheckpointConfig(every=UPDATES, keep=None, asynchronous=bool(layout)),
@@ -58,7 +60,7 @@ def restored(config: TrainConfig, folder: Path) -> dict[str, tuple[tuple[slice, 
 def saved(tmp_path_factory):
     """Runs saved by layouts, and the blocks of each on one process, which are the wholes."""
     made = {}
-    for layout, ranks in (("", 1), ("fsdp=4,ep=2", 4)):
+    for layout, ranks in (("", 1), ("fsdp=4,ep=2", 4), ("fsdp=2,tp=2", 4)):
         folder = tmp_path_factory.mktemp("saved") / "run"
         on_ranks(ranks, train, a_run(layout), folder)
         made[layout] = folder, {name: one for name, (_, one) in on_ranks(1, restored, a_run(""), folder)[0].items()}
@@ -74,6 +76,8 @@ def saved(tmp_path_factory):
         ("fsdp=4,ep=2", 3, "fsdp=3"),
         ("fsdp=4,ep=2", 4, "fsdp=4,ep=4"),
         ("fsdp=4,ep=2", 4, "dp=4"),
+        ("fsdp=4,ep=2", 4, "cp=2,tp=2,ep=2"),
+        ("fsdp=2,tp=2", 2, "fsdp=2,ep=2"),
     ],
 )
 def test_another_layout_reads_the_same_bits(saved, before, ranks, after):
@@ -86,12 +90,20 @@ def test_another_layout_reads_the_same_bits(saved, before, ranks, after):
     assert all(seen.all() for seen in covered.values())
 
 
-def test_a_run_goes_on_under_another_layout_as_it_would_have_alone(tmp_path, saved):
+def test_what_is_cut_two_ways_is_put_together_as_it_was(saved):
+    whole, cut = saved[""][1], saved["fsdp=2,tp=2"][1]
+    assert whole.keys() == cut.keys()
+    for name, one in whole.items():
+        torch.testing.assert_close(cut[name], one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "fsdp=2,ep=2"), ("", "tp=2"), ("fsdp=2,tp=2", "cp=2,ep=2")])
+def test_a_run_goes_on_under_another_layout_as_it_would_have_alone(tmp_path, saved, before, after):
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     for folder in (alone, spread):
-        shutil.copytree(saved[""][0], folder)
+        shutil.copytree(saved[before][0], folder)
     on_ranks(1, train, a_run("", 6), alone, True)
-    on_ranks(2, train, a_run("fsdp=2,ep=2", 6), spread, True)
+    on_ranks(2, train, a_run(after, 6), spread, True)
     ends = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (alone, spread)]
     assert ends[0]["step"] == ends[1]["step"] == 6
     assert ends[1]["val_loss"] == pytest.approx(ends[0]["val_loss"], rel=1e-5)
@@ -105,6 +117,27 @@ def test_a_finished_run_of_one_process_is_exported_by_several(tmp_path, saved):
     shutil.rmtree(folder / "model")
     on_ranks(2, train, a_run("fsdp=2"), folder, True)
     assert (folder / "model" / "model.safetensors").read_bytes() == written
+
+
+def begun(config: TrainConfig) -> dict[str, tuple[tuple[slice, ...], torch.Tensor]]:
+    """The blocks that a rank begins with, and where they lie."""
+    with joined(config.parallel, config.model, torch.device("cpu")) as world:
+        model = build_model(config, world, torch.device("cpu"))
+        set_first_weights(model, config, world)
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        held = parts(config.model, world)
+        return {name: (held[name].block, local(one).detach().clone()) for name, one in tensors}
+
+
+@pytest.mark.parametrize("layout", ["fsdp=2,tp=2", "cp=2,tp=2,ep=2"])
+def test_ranks_begin_with_their_blocks_of_another_models_folder(saved, layout):
+    folder = str(saved[""][0] / "model")
+    data = a_run("").data.replace(tokenizer=folder)
+    (wholes,) = on_ranks(1, begun, a_run("").replace(start_from=folder, data=data))
+    for blocks in on_ranks(4, begun, a_run(layout).replace(start_from=folder, data=data)):
+        assert blocks.keys() == wholes.keys()
+        for name, (block, one) in blocks.items():
+            assert torch.equal(one, wholes[name][1][block]), name
 
 
 def lost_in_reading(config: TrainConfig, folder: Path) -> str:

@@ -15,7 +15,9 @@ def a_run(layout: str):
     return small_run(batch={"sequences": 32, "micro_sequences": 1}, parallel=ParallelConfig.parse(layout))
 
 
-@pytest.mark.parametrize("layout", ["fsdp=4", "fsdp=16,ep=4", "dp=2,fsdp=8,ep=8", "fsdp=2,zero=1,ep=2"])
+@pytest.mark.parametrize(
+    "layout", ["fsdp=4", "fsdp=16,ep=4", "dp=2,fsdp=8,ep=8", "fsdp=2,zero=1,ep=2", "cp=2,tp=2", "dp=2,cp=2,tp=2,ep=4"]
+)
 def test_a_layout_that_holds_is_described_in_numbers(layout):
     config = a_run(layout)
     told = list(simulate(config))
