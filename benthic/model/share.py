@@ -60,4 +60,5 @@ def _first_rows(routing: Routing, sequences: int, count: int) -> Routing:
     """Of each sequence the first `count` rows."""
     if len(routing.scores) == sequences * count:
         return routing
-    return Routing(*(one.unflatten(0, (sequences, -1))[:, :count].flatten(0, 1) for one in routing))
+    scores, experts, weights = (one.unflatten(0, (sequences, -1))[:, :count].flatten(0, 1) for one in routing[:3])
+    return Routing(scores, experts, weights)
