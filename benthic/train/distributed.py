@@ -16,6 +16,9 @@ from benthic.errors import BenthicError, ConfigError, PeerError, RunError
 from benthic.model.language_model import LanguageModel
 from benthic.parallel.placement import spread
 from benthic.parallel.world import World
+from benthic.plan.devices import find_device
+from benthic.train.fit import plan_run
+from benthic.train.pipeline import SPLITTING, Pipeline, Section, as_sections
 from benthic.train.folder import RunFolder
 
 
@@ -48,6 +51,32 @@ def check_batches(config: TrainConfig) -> None:
         raise ConfigError(error.message, f"{error.hint or ''}{smaller}") from None
 
 
+def check_pipeline(config: TrainConfig) -> None:
+    """Raise ConfigError for settings that a pipeline's ranks, or its schedule, cannot do."""
+    layout = config.parallel
+    if layout.pipeline == 1:
+        return
+    if config.sampling.prompts:
+        raise ConfigError(
+            f"parallel.pipeline is {layout.pipeline}, and sampling.prompts asks for completions during the run: no rank "
+            "of a pipeline has the whole model",
+            hint="leave sampling.prompts empty; benthic generate completes text with the finished model",
+        )
+    if layout.schedule not in SPLITTING:
+        return
+    recomputation = config.memory.recomputation
+    for setting, value, allowed in (
+        ("memory.recomputation", recomputation, recomputation == "none"),
+        ("precision.compute", config.precision.compute, config.precision.compute != "float8"),
+    ):
+        if not allowed:
+            raise ConfigError(
+                f"parallel.schedule is {layout.schedule!r}, which makes gradients of weights apart from those of states, "
+                f"and {setting} is {value!r}, which makes both at once",
+                hint="--parallel.schedule 1f1b or interleaved",
+            )
+
+
 @contextmanager
 def entered(path: Path, config: TrainConfig, resume: bool, world: World) -> Iterator[RunFolder]:
     """The run folder, which rank 0 makes and holds for all; errors as `RunFolder.open`'s, on every rank."""
@@ -76,8 +105,17 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
     return torch.float32 if config.precision.compute == "float32" else torch.bfloat16
 
 
-def build_model(config: TrainConfig, world: World, device: torch.device) -> LanguageModel:
-    """The model, allocated on `device`: whole where this process is alone, this rank's part otherwise."""
+def stage_layers(config: TrainConfig) -> tuple[range, ...]:
+    """The layers of each stage of a pipeline, none without one: the planner's cut, which evens out what it counts for
+    layers, embedding and head on such a device."""
+    if config.parallel.pipeline == 1:
+        return ()
+    return plan_run(config, find_device("cpu" if config.device == "cpu" else "h200")).step.stages
+
+
+def build_model(config: TrainConfig, world: World, device: torch.device) -> tuple[LanguageModel, Pipeline | None]:
+    """The model, allocated on `device`: whole where this process is alone, this rank's part otherwise; and the pipeline
+    that its stages are in, where there is one."""
     alone, dtype = world.size == 1, compute_dtype(config)
     model = LanguageModel(config.model, device if alone else torch.device("meta"), dtype)
     in_float8: tuple[str, ...] = ()
@@ -86,10 +124,16 @@ def build_model(config: TrainConfig, world: World, device: torch.device) -> Lang
 
         in_float8 = use_float8(model).quantised
     if alone:
-        return model
-    spread(model.float(), config.model, world, dtype, in_float8)
+        return model, None
+    sections: dict[int, Section] = {}
+    if world.stages:
+        own = world.own_stages
+        sections = dict(zip(own, as_sections(model, list(own.values()), config), strict=True))
+    roots = {section: section.stage.layers for section in sections.values()}
+    spread(model.float(), config.model, world, dtype, in_float8, roots)
     if in_float8:
         from benthic.model.float8 import keep_no_copies
 
         keep_no_copies(model)
-    return model.to_empty(device=device)
+    model.to_empty(device=device)
+    return model, Pipeline(config, sections, dtype, world) if sections else None

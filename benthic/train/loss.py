@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from benthic.config.model import ModelConfig
@@ -71,18 +72,35 @@ def losses(
     model: LanguageModel, batch: Batch, scale: Scale, masked: bool, weight: float, balance: BalanceConfig
 ) -> Losses:
     """The part of the update's loss that `batch` holds. `weight` is lambda, the weight of the prediction loss."""
-    depths = model.config.num_nextn_predict_layers
-    states = forward(model, batch, masked, depths)
-    main = _cross_entropy(model, states.hidden, labels(batch, 0, masked), scale.valid_tokens)
-    zero = main.new_zeros(())
-    prediction = sum(
-        (
-            _cross_entropy(model, hidden, labels(batch, depth, masked), scale.valid_tokens * depths)
-            for depth, hidden in enumerate(states.predictions, start=1)
-        ),
-        start=zero,
-    )
-    balanced = _balance(states, batch, scale, balance, model.config, zero)
+    states = forward(model, batch, masked, model.config.num_nextn_predict_layers)
+    return losses_of(states, model.head_weight, batch, scale, masked, weight, balance, model.config)
+
+
+def losses_of(
+    states: States,
+    head: Float[Tensor, "vocabulary width"] | None,
+    batch: Batch,
+    scale: Scale,
+    masked: bool,
+    weight: float,
+    balance: BalanceConfig,
+    model: ModelConfig,
+) -> Losses:
+    """`losses` of `states`. Without a `head`, on a stage of a pipeline that is not the last, only what the layers
+    passed add to the loss."""
+    depths = model.num_nextn_predict_layers
+    zero = states.hidden.new_zeros((), dtype=torch.float32)
+    main = prediction = zero
+    if head is not None:
+        main = _cross_entropy(head, states.hidden, labels(batch, 0, masked), scale.valid_tokens)
+        prediction = sum(
+            (
+                _cross_entropy(head, hidden, labels(batch, depth, masked), scale.valid_tokens * depths)
+                for depth, hidden in enumerate(states.predictions, start=1)
+            ),
+            start=zero,
+        )
+    balanced = _balance(states, batch, scale, balance, model, zero)
     return Losses(
         total=main + weight * prediction + balanced,
         main=main.detach(),
@@ -92,8 +110,8 @@ def losses(
     )
 
 
-def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, divisor: int) -> Tensor:
-    loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten(), divisor)
+def _cross_entropy(head: Tensor, hidden: Tensor, targets: Tensor, divisor: int) -> Tensor:
+    loss, _ = linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), divisor)
     return loss
 
 

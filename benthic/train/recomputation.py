@@ -28,7 +28,7 @@ def recompute(model: LanguageModel, kind: Literal["none", "up_projections", "lay
     work as before."""
     if kind == "none":
         return
-    for layer in model.model.layers:
+    for layer in model.model.layers.children():
         if kind == "layer":
             layer.forward = _checkpointed(layer.forward)
             continue

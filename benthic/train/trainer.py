@@ -54,7 +54,7 @@ class Trainer:
                 f"{config.model.vocab_size}"
             )
         self._dtype = compute_dtype(config)
-        self.model = build_model(config, world, self.device)
+        self.model, self.pipeline = build_model(config, world, self.device)
         torch.manual_seed(config.seed)
         if self._newest_state() is None:
             set_first_weights(self.model, config, world)
@@ -138,7 +138,7 @@ class Trainer:
         sizes, ranks = self.config.batch, self.config.parallel.data
         sequences = sequences_at(sizes.sequences, sizes.micro_sequences * ranks, place)
         batch = self.loader.next_batch(sequences // ranks)
-        launched = launch(self.model, self.optimizer, batch, place, self.config, before, self.world)
+        launched = launch(self.model, self.optimizer, batch, place, self.config, before, self.world, self.pipeline)
         if self.average is not None:
             self.average.update(self.weights(), place.step)
         return launched
@@ -183,7 +183,7 @@ class Trainer:
         )
         placed = (on_device(batch, self.device) for batch in batches)
         token_bytes = self.corpus.token_bytes.to(self.device)
-        return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world)
+        return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world, self.pipeline)
 
     def sample(self, display: Lines) -> None:
         """Complete the config's prompts."""
