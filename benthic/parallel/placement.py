@@ -73,7 +73,8 @@ def spread(
     if world.dense is None or world.experts is None:
         return
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    keeps = world.layout.zero < 3
+    # A schedule says itself when a stage of a pipeline needs its weights.
+    keeps = world.layout.zero < 3 or world.layout.pipeline > 1
     dense = _data_mesh(world.dense, "replicate", "shard")
     copies = _data_mesh(world.experts, "expert_replicate", "expert_shard")
     own: set[nn.Parameter] = set()
