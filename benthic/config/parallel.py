@@ -139,6 +139,18 @@ class ParallelConfig(Settings):
             return self.pipeline
         return self.pipeline * self.stages_per_rank
 
+    @property
+    def micro_batch_unit(self) -> int:
+        """How many micro-batches the schedule takes at a time."""
+        each = {"dualpipe": 2, "interleaved": self.pipeline, "zb1p": self.pipeline}
+        return each.get(self.schedule, 1) if self.pipeline > 1 else 1
+
+    @property
+    def least_micro_batches(self) -> int:
+        """How many micro-batches the schedule needs."""
+        least = {"1f1b": self.pipeline, "dualpipev": 2 * self.pipeline}
+        return least.get(self.schedule, 1) if self.pipeline > 1 else 1
+
     def check_model(self, config: ModelConfig) -> None:
         """Raise ConfigError naming the axis that does not fit the model, and the values that would."""
         _must_divide("tensor", self.tensor, "num_attention_heads", config.num_attention_heads)
@@ -175,13 +187,11 @@ class ParallelConfig(Settings):
                 f"{pieces} pieces, which must come out even"
             )
         count = sequences // share
-        if self.pipeline == 1:
-            return count
-        unit = {"dualpipe": 2, "interleaved": self.pipeline, "zb1p": self.pipeline}.get(self.schedule, 1)
-        least = {"1f1b": self.pipeline, "dualpipev": 2 * self.pipeline}.get(self.schedule, 1)
+        unit, least = self.micro_batch_unit, self.least_micro_batches
         if count % unit:
             raise ConfigError(
-                f"{count} micro-batches a rank do not suit schedule {self.schedule!r}, which takes them {unit} at a time",
+                f"{count} micro-batches a rank do not suit schedule {self.schedule!r}, which takes them {unit} at a "
+                f"time",
                 hint=f"use a batch that is a multiple of {share * unit} sequences",
             )
         if count < least:

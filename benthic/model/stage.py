@@ -19,6 +19,18 @@ from benthic.model.language_model import LanguageModel, States, predicted, span_
 from benthic.ops.rotary import RotaryTable
 
 
+class _Decoder(nn.Module):
+    """Those modules of a model's Decoder that a stage has."""
+
+    def __init__(self, whole: nn.Module, layers: range, begins: bool, ends: bool) -> None:
+        super().__init__()
+        if begins:
+            self.embed_tokens = whole.get_submodule("embed_tokens")
+        self.layers = nn.ModuleDict({str(layer): whole.get_submodule(f"layers.{layer}") for layer in layers})
+        if ends:
+            self.norm = whole.get_submodule("norm")
+
+
 class Stage(nn.Module):
     """`layers` of `whole`, whose modules it shares."""
 
@@ -28,12 +40,8 @@ class Stage(nn.Module):
         self.layers = layers
         self.begins = layers.start == 0
         self.ends = layers.stop == config.num_hidden_layers + config.num_nextn_predict_layers
-        decoder = self.model = nn.Module()
-        if self.begins:
-            decoder.embed_tokens = whole.model.embed_tokens
-        decoder.layers = nn.ModuleDict({str(layer): whole.model.layers[layer] for layer in layers})
+        self.model = _Decoder(whole.model, layers, self.begins, self.ends)
         if self.ends:
-            decoder.norm = whole.model.norm
             self.lm_head = whole.lm_head
         self._rotations = RotaryTable(config)
 
@@ -82,9 +90,9 @@ def width_passed(config: ModelConfig) -> int:
 def cut_to_stages(whole: LanguageModel, stages: Sequence[range]) -> list[Stage]:
     """Drop all of `whole` that belongs to none of `stages` (the layers of each), in place, and return those."""
     cut = [Stage(whole, layers) for layers in stages]
-    kept = sorted(layer for layers in stages for layer in layers)
+    kept = sorted(layer for layers in stages for layer in layers)  # module order is that of the manifest
     decoder = whole.model
-    decoder.layers = nn.ModuleDict({str(layer): decoder.layers[layer] for layer in kept})
+    decoder.add_module("layers", nn.ModuleDict({str(layer): decoder.layers[layer] for layer in kept}))
     if not any(stage.begins for stage in cut):
         del decoder.embed_tokens
     if not any(stage.ends for stage in cut):

@@ -51,13 +51,14 @@ class Seat:
         if len(stages) != (layout.stages if layout.pipeline > 1 else 0):
             raise ConfigError(f"the layout ({layout}) has {layout.stages} stages, but {len(stages)} were given")
         self.stages = tuple(stages)
+        # Stages that this rank holds, and the layers of each; none without a pipeline.
+        mine = stages_of_rank(layout, self.pipeline_rank) if stages else ()
+        self.own_stages = {index: self.stages[index] for index in mine}
 
     @property
-    def own_stages(self) -> dict[int, range]:
-        """Stages that this rank holds, and the layers of each; none without a pipeline."""
-        if not self.stages:
-            return {}
-        return {index: self.stages[index] for index in stages_of_rank(self.layout, self.grid.dense_place(self.rank)[0])}
+    def pipeline_rank(self) -> int:
+        """Which place of the pipeline this rank has."""
+        return self.grid.dense_place(self.rank)[0]
 
     def holds(self, row: Parameter) -> bool:
         """Whether this rank's stages hold a tensor, or a part of it: the embedding is on the first stage, the final
@@ -126,14 +127,14 @@ def _require_supported_pipeline(layout: ParallelConfig, model: ModelConfig) -> N
         )
     if model.tie_word_embeddings:
         raise ConfigError(
-            f"parallel.pipeline is {layout.pipeline}, but the model's head is its embedding: one matrix cannot be on the "
-            "first stage and on the last",
+            f"parallel.pipeline is {layout.pipeline}, but the model's head is its embedding: one matrix cannot be on "
+            "the first stage and on the last",
             hint="set model.tie_word_embeddings to false, or leave parallel.pipeline at 1",
         )
     if layout.zero > 1 and layout.dense_shards > 1:
         raise ConfigError(
-            f"parallel.zero is {layout.zero}; in a pipeline gradients of all micro-batches add up whole before they are "
-            "summed over ranks, so optimiser states alone can be split",
+            f"parallel.zero is {layout.zero}; in a pipeline gradients of all micro-batches add up whole before they "
+            "are summed over ranks, so optimiser states alone can be split",
             hint="--parallel.zero 1",
         )
 

@@ -91,7 +91,7 @@ def block_names(layer: int) -> tuple[str, str, str]:
 def pipeline_rank(config: ModelConfig, layout: ParallelConfig, stages: Sequence[range], rank: int) -> Rank:
     """What pipeline rank `rank` holds when `stages` are the layers of each stage, prediction layers last.
 
-    Prediction layers, on the last stage, are passed the rows of the first stage's embedding; a tied head is that matrix.
+    Prediction layers, on the last stage, are passed rows of the first stage's embedding; a tied head is that matrix.
     """
     layers = tuple(layer for stage in stages_of_rank(layout, rank) for layer in stages[stage])
     end = config.num_hidden_layers + config.num_nextn_predict_layers - 1

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benthic.config.train import TrainConfig
 from benthic.errors import BenthicError, ConfigError, PeerError, RunError
@@ -18,8 +19,9 @@ from benthic.parallel.placement import spread
 from benthic.parallel.world import World
 from benthic.plan.devices import find_device
 from benthic.train.fit import plan_run
-from benthic.train.pipeline import SPLITTING, Pipeline, Section, as_sections
 from benthic.train.folder import RunFolder
+from benthic.train.pipeline import Pipeline, Section, as_sections
+from benthic.train.schedule import smallest
 
 
 def own_device(kind: str) -> torch.device:
@@ -40,41 +42,37 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def sequences_at_a_time(config: TrainConfig) -> int:
+    """What a batch is a multiple of: micro-batches that all ranks, and a pipeline's schedule, come out even with."""
+    layout = config.parallel
+    return config.batch.micro_sequences * layout.data * layout.micro_batch_unit
+
+
 def check_batches(config: TrainConfig) -> None:
-    """Raise ConfigError unless every rank gets whole micro-batches of the largest batch."""
-    sequences, micro = int(config.batch.sequences.peak), config.batch.micro_sequences
+    """Raise ConfigError unless every rank gets whole micro-batches of the largest batch, and the smallest one fills a
+    pipeline."""
+    batch, layout = config.batch, config.parallel
+    unit, micro = sequences_at_a_time(config), batch.micro_sequences
+    sequences, least = int(batch.sequences.peak), max(1, int(smallest(batch.sequences)) // unit) * unit
     try:
-        config.parallel.check_batch(sequences, micro, config.data.sequence_length)
+        layout.check_batch(sequences, micro, config.data.sequence_length)
     except ConfigError as error:
-        fits = math.gcd(sequences // config.parallel.data, micro)
-        smaller = f"; or --batch.micro_sequences {fits}" if sequences % config.parallel.data == 0 else ""
+        fits = math.gcd(sequences // layout.data, micro)
+        smaller = f"; or --batch.micro_sequences {fits}" if sequences % layout.data == 0 and fits < micro else ""
         raise ConfigError(error.message, f"{error.hint or ''}{smaller}") from None
+    if least < sequences:
+        layout.check_batch(least, micro, config.data.sequence_length)
 
 
 def check_pipeline(config: TrainConfig) -> None:
-    """Raise ConfigError for settings that a pipeline's ranks, or its schedule, cannot do."""
+    """Raise ConfigError for settings that a pipeline's ranks cannot do."""
     layout = config.parallel
-    if layout.pipeline == 1:
-        return
-    if config.sampling.prompts:
+    if layout.pipeline > 1 and config.sampling.prompts:
         raise ConfigError(
-            f"parallel.pipeline is {layout.pipeline}, and sampling.prompts asks for completions during the run: no rank "
-            "of a pipeline has the whole model",
+            f"parallel.pipeline is {layout.pipeline}, and sampling.prompts asks for completions during the run: no "
+            "rank of a pipeline has the whole model",
             hint="leave sampling.prompts empty; benthic generate completes text with the finished model",
         )
-    if layout.schedule not in SPLITTING:
-        return
-    recomputation = config.memory.recomputation
-    for setting, value, allowed in (
-        ("memory.recomputation", recomputation, recomputation == "none"),
-        ("precision.compute", config.precision.compute, config.precision.compute != "float8"),
-    ):
-        if not allowed:
-            raise ConfigError(
-                f"parallel.schedule is {layout.schedule!r}, which makes gradients of weights apart from those of states, "
-                f"and {setting} is {value!r}, which makes both at once",
-                hint="--parallel.schedule 1f1b or interleaved",
-            )
 
 
 @contextmanager
@@ -125,15 +123,21 @@ def build_model(config: TrainConfig, world: World, device: torch.device) -> tupl
         in_float8 = use_float8(model).quantised
     if alone:
         return model, None
-    sections: dict[int, Section] = {}
-    if world.stages:
-        own = world.own_stages
-        sections = dict(zip(own, as_sections(model, list(own.values()), config), strict=True))
-    roots = {section: section.stage.layers for section in sections.values()}
-    spread(model.float(), config.model, world, dtype, in_float8, roots)
+    sections = laid_out(model, config, world, dtype, in_float8)
     if in_float8:
         from benthic.model.float8 import keep_no_copies
 
         keep_no_copies(model)
     model.to_empty(device=device)
     return model, Pipeline(config, sections, dtype, world) if sections else None
+
+
+def laid_out(
+    model: LanguageModel, config: TrainConfig, world: World, dtype: torch.dtype, in_float8: Collection[str] = ()
+) -> dict[int, Section]:
+    """Cut `model`, on the meta device, to this rank's part, in place; the sections of a pipeline that it holds."""
+    own = world.own_stages
+    sections = dict(zip(own, as_sections(model, list(own.values()), config), strict=True)) if own else {}
+    roots: dict[nn.Module, range] = {section: section.stage.layers for section in sections.values()}
+    spread(model.float(), config.model, world, dtype, in_float8, roots)
+    return sections

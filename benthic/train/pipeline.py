@@ -9,7 +9,7 @@ arrives. So the update's gradients are those of one process, and its losses the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from benthic.config.train import TrainConfig
 from benthic.data import Batch
+from benthic.log import logger
 from benthic.model.language_model import LanguageModel, States
 from benthic.model.stage import Stage, cut_to_stages, width_passed
 from benthic.parallel.world import World
@@ -35,7 +36,7 @@ SCHEDULES = {
     "dualpipev": schedules.ScheduleDualPipeV,
 }
 SPLITTING = ("zb1p", "zbv", "dualpipev")
-"""Schedules that make gradients of weights apart from those of states, which runs parts of a graph twice."""
+"""Schedules that make gradients of weights apart from those of states, to fill gaps with them."""
 
 
 class Section(nn.Module):
@@ -93,6 +94,14 @@ class Pipeline:
         ranks = range(world.layout.pipeline)
         self._owner = {stage: rank for rank in ranks for stage in stages_of_rank(world.layout, rank)}
         self._schedules: dict[int, Any] = {}
+        self._at_once = _makes_gradients_at_once(config)
+        if self._at_once and world.layout.schedule in SPLITTING:
+            logger.info(
+                "schedule %s: gradients of weights are made together with those of states and fill no gaps, since "
+                "%s is not made to be split",
+                world.layout.schedule,
+                self._at_once,
+            )
         self.ends_here = any(section.stage.ends for section in sections.values())
 
     def learn(self, batch: Batch, scale: Scale, weight: float) -> list[Losses]:
@@ -147,10 +156,11 @@ class Pipeline:
                 input_args=() if section.stage.begins else (passed,),
                 output_args=(loss if section.stage.ends else passed,),
                 group=self._group,
+                dw_builder=_nothing_left if self._at_once else None,
             )
             for index, section in self._sections.items()
         ]
-        kind = SCHEDULES[world.layout.schedule]
+        kind: Any = SCHEDULES[world.layout.schedule]
         single = issubclass(kind, schedules.PipelineScheduleSingle)
         return kind(stages[0] if single else stages, micro_batches, loss_fn=_loss_itself, scale_grads=False)
 
@@ -176,6 +186,18 @@ class _WithLoss(torch.autograd.Function):
         return gradient, gradient.new_ones((), dtype=torch.float32)
 
 
+def _makes_gradients_at_once(config: TrainConfig) -> str | None:
+    """What of a run makes the gradients of a layer's weights and inputs in one pass: splitting it runs it twice."""
+    if config.memory.recomputation != "none":
+        return f"memory.recomputation {config.memory.recomputation}"
+    return "precision.compute float8" if config.precision.compute == "float8" else None
+
+
+def _nothing_left() -> Callable[[], None]:
+    """What a stage is to do for the gradients of weights when those of states have been made: nothing."""
+    return lambda: None
+
+
 def _loss_itself(output: Tensor, target: Tensor) -> Tensor:
     return output
 
@@ -183,11 +205,9 @@ def _loss_itself(output: Tensor, target: Tensor) -> Tensor:
 def _together(parts: Sequence[Losses]) -> Losses:
     """What several stages add to the loss of one micro-batch."""
     loads = {layer: load for part in parts for layer, load in part.loads.items()}
-    sums = [torch.stack([getattr(part, name) for part in parts]).sum(0) for name in _SUMMED]
-    return Losses(*sums, loads)
-
-
-_SUMMED = ("total", "main", "prediction", "balance")
+    sums = torch.stack([torch.stack((one.total, one.main, one.prediction, one.balance)) for one in parts]).sum(0)
+    total, main, prediction, balance = sums.unbind()
+    return Losses(total, main, prediction, balance, loads)
 
 
 def _first_cause(error: BaseException) -> BaseException:

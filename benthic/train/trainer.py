@@ -18,7 +18,7 @@ from benthic.log import logger
 from benthic.parallel.placement import forget_gathered
 from benthic.parallel.world import ALONE, World
 from benthic.train.background import Background, aside
-from benthic.train.distributed import build_model, compute_dtype
+from benthic.train.distributed import build_model, compute_dtype, sequences_at_a_time
 from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
@@ -135,9 +135,8 @@ class Trainer:
         """The update after `before`, which may still be computed, or after the last one."""
         step, tokens = (self.step, self.tokens) if before is None else (before.place.step, _tokens_after(before))
         place = Place(step + 1, tokens, self.config.steps)
-        sizes, ranks = self.config.batch, self.config.parallel.data
-        sequences = sequences_at(sizes.sequences, sizes.micro_sequences * ranks, place)
-        batch = self.loader.next_batch(sequences // ranks)
+        sequences = sequences_at(self.config.batch.sequences, sequences_at_a_time(self.config), place)
+        batch = self.loader.next_batch(sequences // self.config.parallel.data)
         launched = launch(self.model, self.optimizer, batch, place, self.config, before, self.world, self.pipeline)
         if self.average is not None:
             self.average.update(self.weights(), place.step)
