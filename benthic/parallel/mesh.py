@@ -151,7 +151,7 @@ def description(layout: ParallelConfig, model: ModelConfig) -> str:
     split = {1: "optimiser states", 2: "optimiser states and gradients", 3: "weights, gradients and optimiser states"}
     parts = [f"{layout.world} ranks"]
     if layout.pipeline > 1:
-        parts.append(f"{layout.stages} stages over {layout.pipeline}, schedule {layout.schedule}")
+        parts.append(f"{layout.stages} stages over {layout.pipeline} ranks, schedule {layout.schedule}")
     if shards > 1:
         parts.append(f"{split[layout.zero]} split over {shards} (zero {layout.zero})")
     if replicas > 1:

@@ -53,8 +53,8 @@ def simulate(config: TrainConfig) -> Iterator[str]:
     rows = list(parameters(model))
     stages = stage_layers(config)
     seats = [Seat(layout, rank, stages) for rank in range(layout.world)]
-    for index, layers in enumerate(stages):
-        yield f"stage {index}: layers {layers.start} to {layers.stop - 1}"
+    if stages:
+        yield f"stages: layers {' | '.join(f'{layers.start}-{layers.stop - 1}' for layers in stages)}"
     for place in range(layout.pipeline):
         there = [seat for seat in seats if seat.pipeline_rank == place]
         for row in _kinds([row for row in rows if there[0].holds(row)]):
