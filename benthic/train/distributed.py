@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,8 +21,10 @@ from benthic.parallel.world import World
 from benthic.plan.devices import find_device
 from benthic.train.fit import plan_run
 from benthic.train.folder import RunFolder
-from benthic.train.pipeline import Pipeline, Section, as_sections
 from benthic.train.schedule import smallest
+
+if TYPE_CHECKING:  # torch's pipelining takes a while to import
+    from benthic.train.pipeline import Pipeline, Section
 
 
 def own_device(kind: str) -> torch.device:
@@ -129,15 +132,22 @@ def build_model(config: TrainConfig, world: World, device: torch.device) -> tupl
 
         keep_no_copies(model)
     model.to_empty(device=device)
-    return model, Pipeline(config, sections, dtype, world) if sections else None
+    if not sections:
+        return model, None
+    from benthic.train.pipeline import Pipeline
+
+    return model, Pipeline(config, sections, dtype, world)
 
 
 def laid_out(
     model: LanguageModel, config: TrainConfig, world: World, dtype: torch.dtype, in_float8: Collection[str] = ()
 ) -> dict[int, Section]:
     """Cut `model`, on the meta device, to this rank's part, in place; the sections of a pipeline that it holds."""
-    own = world.own_stages
-    sections = dict(zip(own, as_sections(model, list(own.values()), config), strict=True)) if own else {}
+    own, sections = world.own_stages, {}
+    if own:
+        from benthic.train.pipeline import as_sections
+
+        sections = dict(zip(own, as_sections(model, list(own.values()), config), strict=True))
     roots: dict[nn.Module, range] = {section: section.stage.layers for section in sections.values()}
     spread(model.float(), config.model, world, dtype, in_float8, roots)
     return sections

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from benthic.parallel.placement import forget_gathered
 from benthic.parallel.world import ALONE, World
 from benthic.train.balance import count_loads, max_violation, of_all_layers
 from benthic.train.loss import IGNORED, forward, labels
-from benthic.train.pipeline import Pipeline
+
+if TYPE_CHECKING:  # torch's pipelining takes a while to import
+    from benthic.train.pipeline import Pipeline
 
 _ROWS = 2048
 """Positions whose logits exist at once."""

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ from benthic.train.balance import move_biases, of_all_layers, scaled_speed
 from benthic.train.disk import publish_folder, write_tensors
 from benthic.train.loss import IGNORED, Losses, Scale, labels, losses
 from benthic.train.optimizer import Optimizer
-from benthic.train.pipeline import Pipeline
 from benthic.train.schedule import Place, value
+
+if TYPE_CHECKING:  # torch's pipelining takes a while to import
+    from benthic.train.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True)
