@@ -54,3 +54,16 @@ def test_hopper_runs_cudnn_and_leaves_everything_where_it_is():
     assert not names & {"aten::contiguous", "aten::clone", "aten::constant_pad_nd"}
     assert out.is_contiguous()
     assert all(grad.is_contiguous() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_queries_behind_keys_of_others_see_all_keys_up_to_their_own(dtype):
+    query, key, expanded = model_inputs(2, 200, 4, dtype)
+    late = query[:, 136:]
+    direction = noise(2, 64, 4, 128, seed=9).to("cuda", dtype)
+    found = ops.attention(late, key, expanded[..., 128:], 192**-0.5)
+    expected = ops.attention(query, key, expanded[..., 128:], 192**-0.5)[:, 136:]
+    leaves = [query, key, expanded]
+    both = [(one, *torch.autograd.grad(one, leaves, direction)) for one in (found, expected)]
+    for ours, theirs in zip(*both, strict=True):
+        assert (ours - theirs).norm() <= (1e-4 if dtype == torch.float32 else 1e-2) * theirs.norm()

@@ -196,3 +196,16 @@ def test_routed_experts_are_the_same_on_every_run():
     gate_up, down = noise(8, 16, 12), noise(8, 12, 8)
     first = ops.routed_experts(x, picks, weights, gate_up, down)
     assert all(torch.equal(ops.routed_experts(x, picks, weights, gate_up, down), first) for _ in range(5))
+
+
+def test_queries_behind_keys_of_others_see_all_keys_up_to_their_own():
+    query, key, value = (noise(2, 12, 3, width, seed=width) for width in (8, 9, 6))
+    key = key[..., :8].contiguous()
+    expected = ops.attention(query, key, value, 0.3)[:, 8:]
+    torch.testing.assert_close(ops.attention(query[:, 8:], key, value, 0.3), expected)
+
+
+def test_a_document_mask_of_some_queries_is_those_rows_of_the_whole():
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 4, 4]])
+    queries = torch.tensor([0, 3, 5])
+    assert torch.equal(ops.document_mask(documents, queries), ops.document_mask(documents)[:, queries])

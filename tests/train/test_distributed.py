@@ -29,10 +29,10 @@ LAYOUTS = [
     (4, "fsdp=4,ep=2"),
     (4, "dp=2,fsdp=2,ep=4"),
     (4, "dp=2,fsdp=2,zero=2,ep=2"),
-    (2, "tp=2"),
     (2, "tp=2,ep=2"),
-    (4, "tp=2,fsdp=2,ep=2"),
-    (2, "cp=2"),
+    (4, "tp=2,fsdp=2,zero=1"),
+    (2, "cp=2,ep=2"),
+    (4, "dp=2,cp=2,zero=0,ep=4"),
     (4, "cp=2,tp=2,ep=4"),
 ]
 
