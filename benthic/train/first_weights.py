@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from benthic.checkpoint import load_into, open_checkpoint
+from benthic.checkpoint import Checkpoint, load_into, open_checkpoint, read_weights
 from benthic.config.model import ModelConfig
 from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError
 from benthic.log import logger
 from benthic.model.initialisation import initialise
 from benthic.model.language_model import LanguageModel
-from benthic.parallel.placement import local, parts
+from benthic.parallel.placement import Part, local, parts
 from benthic.parallel.world import World
 from benthic.train.distributed import compute_dtype
 
@@ -25,13 +27,35 @@ def set_first_weights(model: LanguageModel, config: TrainConfig, world: World) -
     if config.start_from is not None:
         checkpoint = open_checkpoint(config.start_from)
         _refuse_other_mathematics(checkpoint.config, config.model, config.start_from)
-        load_into(model, checkpoint)
+        if world.size == 1:
+            load_into(model, checkpoint)
+        else:
+            _load_blocks(model, checkpoint, parts(config.model, world))
         logger.info("weights of %s", config.start_from)
         return
     initialise(model, config.seed, parts(config.model, world))
     # One process draws its weights in the type it computes in; masters that FSDP keeps begin with the same.
     for parameter in model.parameters():
         local(parameter).copy_(local(parameter).to(compute_dtype(config)))
+
+
+def _load_blocks(model: LanguageModel, checkpoint: Checkpoint, held: Mapping[str, Part]) -> None:
+    """Fill the blocks that this rank holds."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for row, stored in read_weights(checkpoint):
+        part = held.get(row.source.name)
+        if part is None or row.duplicate:
+            continue
+        target = local(tensors[row.source.name])
+        if row.expert is None:
+            target.copy_(stored[part.block])
+            continue
+        experts, rows, columns = part.block
+        # Of an expert's rows, gate's before up's, those from `first` to `last` are this rank's.
+        first, last = max(rows.start, row.first_row), min(rows.stop, row.first_row + row.shape[0])
+        if row.expert in range(experts.start, experts.stop) and first < last:
+            block = stored[first - row.first_row : last - row.first_row, columns]
+            target[row.expert - experts.start, first - rows.start : last - rows.start].copy_(block)
 
 
 def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: str) -> None:

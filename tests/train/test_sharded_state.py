@@ -45,15 +45,31 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> None:
     run(config, folder, resume)
 
 
-def restored(config: TrainConfig, folder: Path) -> dict[str, tuple[tuple[slice, ...], torch.Tensor]]:
+Blocks = dict[str, tuple[tuple[slice, ...], torch.Tensor]]
+
+
+def restored(config: TrainConfig, folder: Path) -> Blocks:
     """The blocks that a rank of this layout holds after reading the newest state, and where they lie."""
     with joined(config.parallel, config.model, torch.device("cpu"), stage_layers(config)) as world:
         trainer = Trainer(config, RunFolder(folder), world)
         trainer.restore()
-        found = trainer.weights() | trainer.optimizer.moments()
-        found |= {f"average.{name}": one for name, one in trainer.average.tensors.items()}
-        rows = trainer._states
-        return {name: (part(rows._row(name.removeprefix("average.")), world).block, one) for name, one in found.items()}
+        return blocks_of(trainer)
+
+
+def first_weights(config: TrainConfig, folder: Path) -> Blocks:
+    """Those that it begins with."""
+    with joined(config.parallel, config.model, torch.device("cpu"), stage_layers(config)) as world:
+        with world.leader_first():
+            folder.mkdir(exist_ok=True)
+        return blocks_of(Trainer(config, RunFolder(folder), world))
+
+
+def blocks_of(trainer: Trainer) -> Blocks:
+    found = trainer.weights() | trainer.optimizer.moments()
+    found |= {f"average.{name}": one for name, one in trainer.average.tensors.items()}
+    rows = trainer._states
+    place = {name: part(rows._row(name.removeprefix("average.")), trainer.world).block for name in found}
+    return {name: (place[name], one.clone()) for name, one in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +130,21 @@ def test_a_pipeline_s_run_goes_on_alone_as_it_would_have(tmp_path, saved):
         ends.append(last_row(tmp_path / name))
     assert ends[1]["val_loss"] == pytest.approx(ends[0]["val_loss"], rel=1e-5)
     assert ends[1]["ema_val_loss"] == pytest.approx(ends[0]["ema_val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(2, "pp=2,schedule=zbv"), (3, "fsdp=3"), (4, "fsdp=4,ep=2")])
+def test_a_run_begins_with_another_model_s_weights_on_any_layout(tmp_path, saved, ranks, layout):
+    source = saved[""][0] / "model"
+
+    def begun(layout: str) -> TrainConfig:
+        config = a_run(layout)
+        data = config.data.replace(tokenizer=str(source))
+        return config.replace(data=data, start_from=str(source))
+
+    (whole,) = on_ranks(1, first_weights, begun(""), tmp_path / "alone")
+    for blocks in on_ranks(ranks, first_weights, begun(layout), tmp_path / "run"):
+        for name, (block, one) in blocks.items():
+            assert torch.equal(one, whole[name][1][block]), name
 
 
 def last_row(folder: Path) -> dict:
