@@ -67,9 +67,7 @@ def test_a_layout_for_another_number_of_processes_is_refused():
 
 @pytest.mark.parametrize("axis", ["tensor", "context"])
 def test_a_pipeline_of_split_layers_or_sequences_is_refused(axis):
-    with pytest.raises(
-        ConfigError, match=rf"parallel\.{axis} is 2 and parallel\.pipeline 2; a stage's ranks "
-    ):
+    with pytest.raises(ConfigError, match=rf"parallel\.{axis} is 2 and parallel\.pipeline 2; a stage's ranks "):
         require_supported(ParallelConfig(pipeline=2, **{axis: 2}), small_model(), 4)
 
 

@@ -76,7 +76,7 @@ def wait_for_state(folder: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
-@pytest.mark.parametrize("layout", ["fsdp=2,ep=2", "pp=2"])
+@pytest.mark.parametrize("layout", ["fsdp=2,ep=2", "pp=2", "tp=2"])
 def test_a_run_whose_rank_is_killed_says_so_begins_again_and_ends_as_if_nothing_had_been(tmp_path, layout):
     folder, layout = tmp_path / "killed", ParallelConfig.parse(layout)
     with torchrun(a_run(parallel=layout), folder, "--max-restarts", "1") as process:
@@ -167,7 +167,7 @@ def poisoned(config: TrainConfig, folder: Path) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("layout", ["fsdp=2,ep=2", "pp=2"])
+@pytest.mark.parametrize("layout", ["fsdp=2,ep=2", "pp=2", "tp=2"])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path, layout):
     told = on_ranks(2, poisoned, a_run(parallel=ParallelConfig.parse(layout)), tmp_path / "run")
     assert sorted(text.split(":")[0] for text in told) == ["NumericsError", "PeerError"]

@@ -11,12 +11,11 @@ import torch
 from benthic.config.parallel import ParallelConfig
 from benthic.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
 from benthic.errors import BenthicError
-from benthic.parallel.placement import local, part, parts
+from benthic.parallel.placement import part
 from benthic.parallel.world import joined
 from benthic.train import sharded_state
 from benthic.train import trainer as trainer_module
-from benthic.train.distributed import build_model, stage_layers
-from benthic.train.first_weights import set_first_weights
+from benthic.train.distributed import stage_layers
 from benthic.train.folder import RunFolder
 from benthic.train.run import run
 from benthic.train.trainer import Trainer
@@ -46,15 +45,31 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> None:
     run(config, folder, resume)
 
 
-def restored(config: TrainConfig, folder: Path) -> dict[str, tuple[tuple[slice, ...], torch.Tensor]]:
+Blocks = dict[str, tuple[tuple[slice, ...], torch.Tensor]]
+
+
+def restored(config: TrainConfig, folder: Path) -> Blocks:
     """The blocks that a rank of this layout holds after reading the newest state, and where they lie."""
     with joined(config.parallel, config.model, torch.device("cpu"), stage_layers(config)) as world:
         trainer = Trainer(config, RunFolder(folder), world)
         trainer.restore()
-        found = trainer.weights() | trainer.optimizer.moments()
-        found |= {f"average.{name}": one for name, one in trainer.average.tensors.items()}
-        rows = trainer._states
-        return {name: (part(rows._row(name.removeprefix("average.")), world).block, one) for name, one in found.items()}
+        return blocks_of(trainer)
+
+
+def first_weights(config: TrainConfig, folder: Path) -> Blocks:
+    """Those that it begins with."""
+    with joined(config.parallel, config.model, torch.device("cpu"), stage_layers(config)) as world:
+        with world.leader_first():
+            folder.mkdir(exist_ok=True)
+        return blocks_of(Trainer(config, RunFolder(folder), world))
+
+
+def blocks_of(trainer: Trainer) -> Blocks:
+    found = trainer.weights() | trainer.optimizer.moments()
+    found |= {f"average.{name}": one for name, one in trainer.average.tensors.items()}
+    rows = trainer._states
+    place = {name: part(rows._row(name.removeprefix("average.")), trainer.world).block for name in found}
+    return {name: (place[name], one.clone()) for name, one in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +142,23 @@ def test_a_run_of_stages_or_of_pieces_goes_on_alone_as_it_would_have(tmp_path, s
     assert ends[1]["ema_val_loss"] == pytest.approx(ends[0]["ema_val_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, "pp=2,schedule=zbv"), (3, "fsdp=3"), (4, "fsdp=4,ep=2"), (4, "cp=2,tp=2,ep=2")]
+)
+def test_a_run_begins_with_another_model_s_weights_on_any_layout(tmp_path, saved, ranks, layout):
+    source = saved[""][0] / "model"
+
+    def begun(layout: str) -> TrainConfig:
+        config = a_run(layout)
+        data = config.data.replace(tokenizer=str(source))
+        return config.replace(data=data, start_from=str(source))
+
+    (whole,) = on_ranks(1, first_weights, begun(""), tmp_path / "alone")
+    for blocks in on_ranks(ranks, first_weights, begun(layout), tmp_path / "run"):
+        for name, (block, one) in blocks.items():
+            assert torch.equal(one, whole[name][1][block]), name
+
+
 def last_row(folder: Path) -> dict:
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
@@ -138,27 +170,6 @@ def test_a_finished_run_of_one_process_is_exported_by_several(tmp_path, saved):
     shutil.rmtree(folder / "model")
     on_ranks(2, train, a_run("fsdp=2"), folder, True)
     assert (folder / "model" / "model.safetensors").read_bytes() == written
-
-
-def begun(config: TrainConfig) -> dict[str, tuple[tuple[slice, ...], torch.Tensor]]:
-    """The blocks that a rank begins with, and where they lie."""
-    with joined(config.parallel, config.model, torch.device("cpu")) as world:
-        model, _ = build_model(config, world, torch.device("cpu"))
-        set_first_weights(model, config, world)
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        held = parts(config.model, world)
-        return {name: (held[name].block, local(one).detach().clone()) for name, one in tensors}
-
-
-@pytest.mark.parametrize("layout", ["fsdp=2,tp=2", "cp=2,tp=2,ep=2"])
-def test_ranks_begin_with_their_blocks_of_another_models_folder(saved, layout):
-    folder = str(saved[""][0] / "model")
-    data = a_run("").data.replace(tokenizer=folder)
-    (wholes,) = on_ranks(1, begun, a_run("").replace(start_from=folder, data=data))
-    for blocks in on_ranks(4, begun, a_run(layout).replace(start_from=folder, data=data)):
-        assert blocks.keys() == wholes.keys()
-        for name, (block, one) in blocks.items():
-            assert torch.equal(one, wholes[name][1][block]), name
 
 
 def lost_in_reading(config: TrainConfig, folder: Path) -> str:
