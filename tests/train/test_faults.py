@@ -76,7 +76,7 @@ def wait_for_state(folder: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
-@pytest.mark.parametrize("layout", ["fsdp=2,ep=2", "pp=2", "tp=2"])
+@pytest.mark.parametrize("layout", ["fsdp=2,ep=2", "pp=2"])
 def test_a_run_whose_rank_is_killed_says_so_begins_again_and_ends_as_if_nothing_had_been(tmp_path, layout):
     folder, layout = tmp_path / "killed", ParallelConfig.parse(layout)
     with torchrun(a_run(parallel=layout), folder, "--max-restarts", "1") as process:
