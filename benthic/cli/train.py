@@ -50,7 +50,8 @@ def _main(arguments: list[str]) -> int:
     folder, resume = options.run_folder, options.resume
     base = _base(options.recipe, folder, resume)
     processes = options.simulate_world or int(os.environ.get("WORLD_SIZE", "1"))
-    config = override(base, over_all_processes(base.parallel, settings, processes))
+    settings = over_all_processes(base.parallel, settings, processes)
+    config = override(base, with_states_alone_split(base.parallel, settings))
     if options.show_config:
         print(config.to_yaml(), end="")
         return 0
@@ -91,6 +92,14 @@ def over_all_processes(parallel: ParallelConfig, settings: Mapping[str, str], pr
         given = str(settings.get(f"parallel.{axis}", getattr(parallel, axis)))
         taken *= int(given) if given.isdecimal() else 1
     return {**settings, "parallel.shard": str(max(1, processes // max(1, taken)))}
+
+
+def with_states_alone_split(parallel: ParallelConfig, settings: Mapping[str, str]) -> dict[str, str]:
+    """`settings`, where they do not say what `zero` is, with 1 for a pipeline: the most that its ranks can split."""
+    pipeline = str(settings.get("parallel.pipeline", parallel.pipeline))
+    if pipeline == "1" or "parallel.zero" in settings or parallel.zero <= 1:
+        return dict(settings)
+    return {**settings, "parallel.zero": "1"}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,11 @@ from benthic.config.model import ModelConfig, Positive
 from benthic.config.settings import Settings
 from benthic.errors import ConfigError, did_you_mean
 
-Schedule = Literal["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
+Schedule = Literal["1f1b", "gpipe", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev"]
+LOOPED = ("interleaved", "zb1p")
+"""Schedules that may give a rank several stages, each as many as pipeline ranks further on."""
+MIRRORED = ("zbv", "dualpipe", "dualpipev")
+"""Schedules that give a rank two stages, the second as far from the end as the first from the beginning."""
 Zero = Annotated[int, Field(ge=0, le=3)]
 
 _SHORT_NAMES = {
@@ -34,7 +38,8 @@ class ParallelConfig(Settings):
 
     `shard` ranks split what `zero` names: 1 optimiser states (master weights, moments), 2 gradients too, 3 parameters
     too (FSDP). `replicate` is the number of such groups. `chunks` is the number of stages a rank holds in the
-    interleaved schedule; the bidirectional schedules always hold two.
+    interleaved schedules ("interleaved" is 1F1B, "zb1p" zero-bubble); those that run through the ranks and back,
+    "zbv", "dualpipe" and "dualpipev", always hold two.
     """
 
     replicate: Positive = 1
@@ -56,8 +61,10 @@ class ParallelConfig(Settings):
             )
         if self.schedule == "interleaved" and self.chunks < 2:
             raise ValueError(f"chunks is {self.chunks}; the interleaved schedule needs at least 2 stages on each rank")
-        if self.schedule != "interleaved" and self.chunks != 1:
-            raise ValueError(f"chunks is {self.chunks}, which belongs to schedule 'interleaved', not {self.schedule!r}")
+        if self.schedule not in LOOPED and self.chunks != 1:
+            raise ValueError(
+                f"chunks is {self.chunks}, which belongs to schedules 'interleaved' and 'zb1p', not {self.schedule!r}"
+            )
         if self.schedule == "dualpipe" and self.pipeline % 2:
             raise ValueError(f"pipeline is {self.pipeline}; dualpipe feeds both ends, so it must be even")
         return self
@@ -122,8 +129,8 @@ class ParallelConfig(Settings):
 
     @property
     def stages_per_rank(self) -> int:
-        """Parts of the model a rank holds: 2 in the bidirectional schedules."""
-        return 2 if self.schedule in ("dualpipe", "dualpipev") and self.pipeline > 1 else self.chunks
+        """Parts of the model a rank holds: 2 in the schedules that run through the ranks and back."""
+        return 2 if self.schedule in MIRRORED and self.pipeline > 1 else self.chunks
 
     @property
     def stages(self) -> int:
@@ -131,6 +138,18 @@ class ParallelConfig(Settings):
         if self.schedule == "dualpipe":
             return self.pipeline
         return self.pipeline * self.stages_per_rank
+
+    @property
+    def micro_batch_unit(self) -> int:
+        """How many micro-batches the schedule takes at a time."""
+        each = {"dualpipe": 2, "interleaved": self.pipeline, "zb1p": self.pipeline}
+        return each.get(self.schedule, 1) if self.pipeline > 1 else 1
+
+    @property
+    def least_micro_batches(self) -> int:
+        """How many micro-batches the schedule needs."""
+        least = {"1f1b": self.pipeline, "dualpipev": 2 * self.pipeline}
+        return least.get(self.schedule, 1) if self.pipeline > 1 else 1
 
     def check_model(self, config: ModelConfig) -> None:
         """Raise ConfigError naming the axis that does not fit the model, and the values that would."""
@@ -146,7 +165,8 @@ class ParallelConfig(Settings):
             _must_divide("expert", self.expert, "n_routed_experts", config.n_routed_experts)
         elif self.expert > 1:
             raise ConfigError(f"expert is {self.expert}, but the model has no routed experts; it must be 1")
-        blocks = config.num_hidden_layers + config.num_nextn_predict_layers
+        # Prediction layers stay together: the first of them reads what the head reads.
+        blocks = config.num_hidden_layers + min(1, config.num_nextn_predict_layers)
         if self.stages > blocks:
             raise ConfigError(
                 f"the layout cuts the model into {self.stages} stages, but it has only {blocks} layers",
@@ -175,14 +195,18 @@ class ParallelConfig(Settings):
                 f"are split over {self.tensor} tensor ranks, which must come out even"
             )
         count = sequences // share
-        if self.schedule in ("dualpipe", "interleaved") and self.pipeline > 1:
-            unit = 2 if self.schedule == "dualpipe" else self.pipeline
-            if count % unit:
-                raise ConfigError(
-                    f"{count} micro-batches a rank do not suit schedule {self.schedule!r}, which takes them {unit} "
-                    f"at a time",
-                    hint=f"use a batch that is a multiple of {share * unit} sequences",
-                )
+        unit, least = self.micro_batch_unit, self.least_micro_batches
+        if count % unit:
+            raise ConfigError(
+                f"{count} micro-batches a rank do not suit schedule {self.schedule!r}, which takes them {unit} at a "
+                f"time",
+                hint=f"use a batch that is a multiple of {share * unit} sequences",
+            )
+        if count < least:
+            raise ConfigError(
+                f"{count} micro-batches a rank do not fill schedule {self.schedule!r}, which needs {least} or more",
+                hint=f"use a batch of at least {share * least} sequences",
+            )
         return count
 
 

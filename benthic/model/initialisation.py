@@ -22,6 +22,8 @@ def initialise(model: LanguageModel, seed: int, parts: Mapping[str, Part] | None
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for row in parameters(model.config):
+        if parts is not None and row.name not in parts:
+            continue
         part = Part.whole(row.shape) if parts is None else parts[row.name]
         _fill(local(tensors[row.name]), row, part, seed, model.config.initializer_range)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import NamedTuple
 
@@ -110,25 +111,15 @@ class LanguageModel(nn.Module):
             rotations = self._rotations.rows(0, share.length, input_ids.device)
             return States(*states_of_share(self.model, input_ids, rotations, share, documents, num_predictions))
         embedded = self.model.embed_tokens(input_ids)  # [B, S, D]
-        span = self._span(input_ids, documents, cache)
-        hidden, routing = embedded, {}
-        for index, layer in enumerate(islice(self.model.layers, self.config.num_hidden_layers)):
-            hidden, chosen = layer(hidden, span)
-            if chosen is not None:
-                routing[index] = chosen
+        span = span_of(input_ids, self._rotations, documents, cache)
+        layers = list(enumerate(self.model.layers))
+        main = self.config.num_hidden_layers
+        hidden, routing = through(layers[:main], embedded, span)
         hidden = self.model.norm(hidden)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        predictions: list[Tensor] = []
-        for depth in range(1, num_predictions + 1):
-            index = self.config.num_hidden_layers + depth - 1
-            before = predictions[-1] if predictions else hidden
-            shorter = _shortened(span, depth)
-            known = before[:, : len(shorter.rotations)]
-            state, chosen = self.model.layers[index](embedded[:, depth:], known, shorter)
-            predictions.append(state)
-            if chosen is not None:
-                routing[index] = chosen
+        predictions, chosen = predicted(layers[main : main + num_predictions], embedded, hidden, span)
+        routing |= chosen
         return States(hidden, predictions, routing)
 
     def paged_states(self, tokens: Int64[Tensor, " tokens"], pages: Pages) -> States:
@@ -161,14 +152,6 @@ class LanguageModel(nn.Module):
         rotations = self._rotations.rows(0, self.config.max_position_embeddings, pages.positions.device)
         return Span(rotations, pages=pages)
 
-    def _span(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None) -> Span:
-        start, length = cache.length if cache is not None else 0, input_ids.shape[1]
-        if documents is not None:
-            mask = ops.document_mask(documents)
-        else:
-            mask = ops.causal_mask(start, length, input_ids.device)
-        return Span(self._rotations.rows(start, length, input_ids.device), mask, cache)
-
     def _check(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None, num_predictions: int) -> None:
         _check_ids(input_ids)
         batch, length = input_ids.shape
@@ -192,6 +175,49 @@ class LanguageModel(nn.Module):
                 f"num_predictions is {num_predictions}; with {self.config.num_nextn_predict_layers} prediction layers "
                 f"and {length} tokens it can be 0 to {available}"
             )
+
+
+def span_of(input_ids: Tensor, rotations: RotaryTable, documents: Tensor | None, cache: Cache | None = None) -> Span:
+    """The positions of `input_ids`, behind those in `cache`; attention crosses no border of `documents`."""
+    start, length = cache.length if cache is not None else 0, input_ids.shape[1]
+    if documents is not None:
+        mask = ops.document_mask(documents)
+    else:
+        mask = ops.causal_mask(start, length, input_ids.device)
+    return Span(rotations.rows(start, length, input_ids.device), mask, cache)
+
+
+def through(
+    layers: Iterable[tuple[int, nn.Module]], hidden: Float[Tensor, "batch positions width"], span: Span
+) -> tuple[Float[Tensor, "batch positions width"], dict[int, Routing]]:
+    """The residual stream after numbered layers of the main model, and the routing of those with experts."""
+    routing: dict[int, Routing] = {}
+    for index, layer in layers:
+        hidden, chosen = layer(hidden, span)
+        if chosen is not None:
+            routing[index] = chosen
+    return hidden, routing
+
+
+def predicted(
+    layers: Iterable[tuple[int, nn.Module]],
+    embedded: Float[Tensor, "batch positions width"],
+    hidden: Float[Tensor, "batch positions width"],
+    span: Span,
+) -> tuple[list[Float[Tensor, "batch _positions width"]], dict[int, Routing]]:
+    """States of numbered prediction layers of depth 1, 2 ..., from the embedded tokens and the main model's states
+    after its final norm; and their routing."""
+    predictions: list[Tensor] = []
+    routing: dict[int, Routing] = {}
+    for depth, (index, layer) in enumerate(layers, start=1):
+        before = predictions[-1] if predictions else hidden
+        shorter = _shortened(span, depth)
+        known = before[:, : len(shorter.rotations)]
+        state, chosen = layer(embedded[:, depth:], known, shorter)
+        predictions.append(state)
+        if chosen is not None:
+            routing[index] = chosen
+    return predictions, routing
 
 
 def _shortened(span: Span, depth: int) -> Span:

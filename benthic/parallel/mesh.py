@@ -10,12 +10,15 @@ over consecutive ranks, so that the exchange, which sends most, stays inside a n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benthic.config.manifest import Parameter
 from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError
 from benthic.parallel.sequence import Share
+from benthic.plan.holdings import stages_of_rank
 
 DENSE_AXES = ("pipeline", "replicate", "shard", "tensor")
 """The mesh of all that is no routed expert. Its shard axis takes the context ranks in: they hold the same weights."""
@@ -45,9 +48,30 @@ class Grid:
 class Seat:
     """One rank of a layout: all that decides which part of a model it holds."""
 
-    def __init__(self, layout: ParallelConfig, rank: int) -> None:
+    def __init__(self, layout: ParallelConfig, rank: int, stages: Sequence[range] = ()) -> None:
+        """`stages` are the layers of each stage of a pipeline, in order."""
         self.layout, self.rank = layout, rank
         self.size, self.grid = layout.world, grid(layout)
+        if len(stages) != (layout.stages if layout.pipeline > 1 else 0):
+            raise ConfigError(f"the layout ({layout}) has {layout.stages} stages, but {len(stages)} were given")
+        self.stages = tuple(stages)
+        # Stages that this rank holds, and the layers of each; none without a pipeline.
+        mine = stages_of_rank(layout, self.pipeline_rank) if stages else ()
+        self.own_stages = {index: self.stages[index] for index in mine}
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Which place of the pipeline this rank has."""
+        return self.grid.dense_place(self.rank)[0]
+
+    def holds(self, row: Parameter) -> bool:
+        """Whether this rank's stages hold a tensor, or a part of it: the embedding is on the first stage, the final
+        norm and the head are on the last one."""
+        if not self.stages:
+            return True
+        if row.layer is not None:
+            return any(row.layer in layers for layers in self.own_stages.values())
+        return (0 if row.part == "embedding" else len(self.stages) - 1) in self.own_stages
 
     @property
     def data_rank(self) -> int:
@@ -61,18 +85,14 @@ class Seat:
 
     @property
     def readers(self) -> int:
-        """How many of the ranks can read texts of their own when none is shared."""
-        return self.size // self.layout.tensor
+        """How many of the ranks can read texts of their own when no sequence is shared."""
+        return self.layout.data * self.layout.context
 
     @property
     def reader(self) -> int:
         """Which of them this rank is, or belongs to."""
-        return self.rank // self.layout.tensor
-
-    @property
-    def reads_first(self) -> bool:
-        """Whether, of the ranks that read the same sequences, this is the first: what they know alike counts once."""
-        return self.sequence_place[2:] == (0, 0)
+        _, data, context, _ = self.sequence_place
+        return data * self.layout.context + context
 
     @property
     def shares_sequences(self) -> bool:
@@ -115,14 +135,10 @@ def require_supported(layout: ParallelConfig, model: ModelConfig, world_size: in
             f"the layout ({layout}) is for {layout.world} processes, but {world_size} were started",
             hint=f"torchrun --nproc-per-node {layout.world}, or choose axes that multiply to {world_size}",
         )
-    if layout.pipeline > 1:
-        raise ConfigError(
-            f"parallel.pipeline is {layout.pipeline}; the trainer spreads a run over replicate, shard, expert, tensor "
-            "and context ranks, and leaves pipeline at 1",
-            hint="use parallel.shard for dense weights and parallel.expert for routed experts",
-        )
     layout.check_model(model)
     _require_latents(layout, model)
+    if layout.pipeline > 1:
+        _require_supported_pipeline(layout, model)
     shards = grid(layout).experts[2]
     for name, size in _expert_widths(layout, model):
         if shards > 1 and model.n_routed_experts // layout.expert % shards and size % shards:
@@ -149,6 +165,34 @@ def _require_latents(layout: ParallelConfig, model: ModelConfig) -> None:
         )
 
 
+def _require_supported_pipeline(layout: ParallelConfig, model: ModelConfig) -> None:
+    if layout.schedule == "dualpipe":
+        raise ConfigError(
+            "parallel.schedule is 'dualpipe', which holds the model twice; the trainer runs 'dualpipev', its form with "
+            "one copy and the same bubble",
+            hint=f"--parallel.schedule dualpipev, on {layout.pipeline // 2} or {layout.pipeline} pipeline ranks",
+        )
+    if model.tie_word_embeddings:
+        raise ConfigError(
+            f"parallel.pipeline is {layout.pipeline}, but the model's head is its embedding: one matrix cannot be on "
+            "the first stage and on the last",
+            hint="set model.tie_word_embeddings to false, or leave parallel.pipeline at 1",
+        )
+    for axis in ("tensor", "context"):
+        if getattr(layout, axis) > 1:
+            raise ConfigError(
+                f"parallel.{axis} is {getattr(layout, axis)} and parallel.pipeline {layout.pipeline}; a stage's ranks "
+                "have whole sequences and whole layers",
+                hint=f"leave parallel.{axis} or parallel.pipeline at 1",
+            )
+    if layout.zero > 1 and layout.dense_shards > 1:
+        raise ConfigError(
+            f"parallel.zero is {layout.zero}; in a pipeline gradients of all micro-batches add up whole before they "
+            "are summed over ranks, so optimiser states alone can be split",
+            hint="--parallel.zero 1",
+        )
+
+
 def _expert_widths(layout: ParallelConfig, model: ModelConfig) -> list[tuple[str, int]]:
     if layout.expert == layout.tensor == 1 or not model.n_routed_experts:
         return []
@@ -160,6 +204,8 @@ def description(layout: ParallelConfig, model: ModelConfig) -> str:
     _, replicas, shards, _ = grid(layout).dense
     split = {1: "optimiser states", 2: "optimiser states and gradients", 3: "weights, gradients and optimiser states"}
     parts = [f"{layout.world} ranks"]
+    if layout.pipeline > 1:
+        parts.append(f"{layout.stages} stages over {layout.pipeline} ranks, schedule {layout.schedule}")
     if shards > 1:
         parts.append(f"{split[layout.zero]} split over {shards} (zero {layout.zero})")
     if replicas > 1:

@@ -7,7 +7,7 @@ Experts that no other rank holds are left out of it: they are this rank's own, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -63,11 +63,13 @@ def spread(
     world: World,
     compute: torch.dtype,
     in_float8: Collection[str] = (),
+    roots: Mapping[nn.Module, Collection[int]] | None = None,
 ) -> None:
     """Cut `model` (on the meta device or a real one, float32) to this rank's part, in place; one process: nothing.
 
-    Its parameters are then sharded DTensors that compute as `compute`; `model.states` and calls gather them. Rows of
-    experts whose parameters are named by `in_float8` travel in FP8.
+    Its parameters are then sharded DTensors that compute as `compute`. Rows of experts whose parameters are named by
+    `in_float8` travel in FP8. `roots` are the modules whose calls, and `states`, gather their parameters, and the
+    layers of each: the model itself, or the stages of a pipeline.
     """
     if world.dense is None or world.experts is None:
         return
@@ -75,11 +77,13 @@ def spread(
         _cut_dense(model, config, world)
         split_sublayers(model, config, world.tensor_group)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    keeps = world.layout.zero < 3
+    # A schedule says itself when a stage of a pipeline needs its weights.
+    keeps = world.layout.zero < 3 or world.layout.pipeline > 1
     dense = _data_mesh(world.dense, "replicate", "shard")
     copies = _data_mesh(world.experts, "expert_replicate", "expert_shard")
     own: set[nn.Parameter] = set()
-    for path in expert_layers(config) if world.has_expert_mesh else ():
+    held = [row for row in parameters(config) if world.holds(row)]
+    for path in expert_layers(held) if world.has_expert_mesh else ():
         experts = model.get_submodule(f"{path}.experts")
         if world.layout.expert > 1:
             _cut_experts(experts, world, torch.float32 if copies.size() > 1 else compute)
@@ -88,18 +92,20 @@ def spread(
             _shard(experts, copies, policy, keeps, own, _shard_experts(world.grid.experts[2]))
         else:
             own.update(experts.parameters())
-    for layer in sorted({row.layer for row in parameters(config) if row.layer is not None}):
+    every = sorted({row.layer for row in held if row.layer is not None})
+    for layer in every:
         _shard(model.get_submodule(f"model.layers.{layer}"), dense, policy, keeps, own)
-    # Outside the layers: embedding, last norm, head. The head is read by the loss, after the forward pass, so these
-    # stay gathered until backward has ended.
-    _shard(model, dense, policy, True, own)
-    _prefetch(model, config)
-    register_fsdp_forward_method(model, "states")
+    for root, layers in (roots or {model: every}).items():
+        # Outside the layers: embedding, last norm, head. The head is read by the loss, after the forward pass, so these
+        # stay gathered until backward has ended.
+        _shard(root, dense, policy, True, own)
+        _prefetch([model.get_submodule(f"model.layers.{layer}") for layer in layers])
+        register_fsdp_forward_method(root, "states")
 
 
-def expert_layers(config: ModelConfig) -> Iterator[str]:
+def expert_layers(rows: Iterable[Parameter]) -> Iterator[str]:
     """Paths of the modules that hold router and experts, `model.layers.3.mlp`."""
-    for row in parameters(config):
+    for row in rows:
         if row.part == "router" and row.group != "routing_bias":
             yield row.name.removesuffix(".gate.weight")
 
@@ -155,11 +161,9 @@ def _shard(
         module.set_force_sum_reduction_for_comms(True)
 
 
-def _prefetch(model: nn.Module, config: ModelConfig) -> None:
+def _prefetch(layers: list[nn.Module]) -> None:
     """Say which weights are gathered while a layer computes: the host waits for each exchange, so it cannot run ahead
     and start the next layer's by itself."""
-    count = config.num_hidden_layers + config.num_nextn_predict_layers
-    layers = [model.get_submodule(f"model.layers.{layer}") for layer in range(count)]
     groups: list[list[FSDPModule]] = [
         [one for one in layer.modules() if isinstance(one, FSDPModule)] for layer in layers
     ]
@@ -179,11 +183,11 @@ def shard_dimension(shape: tuple[int, ...], shards: int) -> int:
 
 def parts(config: ModelConfig, seat: Seat) -> dict[str, Part]:
     """The block of each manifest row that this rank holds. Arithmetic: no model is needed."""
-    return {row.name: part(row, seat) for row in parameters(config)}
+    return {row.name: part(row, seat) for row in parameters(config) if seat.holds(row)}
 
 
 def part(row: Parameter, seat: Seat) -> Part:
-    """The block of one row."""
+    """The block of one row that this rank holds."""
     whole = Part.whole(row.shape)
     if seat.size == 1 or row.group == "routing_bias":
         return whole

@@ -7,7 +7,7 @@ import copy
 import datetime
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
@@ -40,8 +40,8 @@ def started_processes() -> int:
 class World(Seat):
     """This process among those of the run; `rank` 0 writes files and speaks."""
 
-    def __init__(self, layout: ParallelConfig, device: torch.device) -> None:
-        super().__init__(layout, dist.get_rank() if layout.world > 1 else 0)
+    def __init__(self, layout: ParallelConfig, device: torch.device, stages: Sequence[range] = ()) -> None:
+        super().__init__(layout, dist.get_rank() if layout.world > 1 else 0, stages)
         self.device = device
         self.dense: DeviceMesh | None = None
         self.experts: DeviceMesh | None = None
@@ -156,6 +156,10 @@ class World(Seat):
         dist.all_reduce(total, group=self.control)
         return int(total)
 
+    def total_of_batch(self, number: int) -> int:
+        """The sum of a number over the shares of a batch, each of which all ranks that work on it have read."""
+        return self.total(number) * self.layout.data // self.size
+
     def leaders(self, number: int) -> int:
         """Rank 0's `number`, on every rank."""
         return self.total(number if self.leads else 0)
@@ -166,13 +170,15 @@ ALONE = World(ParallelConfig(), torch.device("cpu"))
 
 
 @contextmanager
-def joined(layout: ParallelConfig, model: ModelConfig, device: torch.device) -> Iterator[World]:
-    """The world of a run that torchrun started; alone, nothing is joined. Raises ConfigError for a layout that does
-    not fit. Leaves the others on the way out."""
+def joined(
+    layout: ParallelConfig, model: ModelConfig, device: torch.device, stages: Sequence[range] = ()
+) -> Iterator[World]:
+    """The world of a run that torchrun started; alone, nothing is joined. `stages` are the layers of each stage of a
+    pipeline. Raises ConfigError for a layout that does not fit. Leaves the others on the way out."""
     processes = started_processes()
     if processes == 1:
         require_supported(layout, model, processes)
-        yield World(layout, device)
+        yield World(layout, device, stages)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -188,7 +194,7 @@ def joined(layout: ParallelConfig, model: ModelConfig, device: torch.device) -> 
         with one_speaks(store, rank, size), beating(connection, rank, size):
             require_supported(layout, model, processes)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-            world = World(layout, device)
+            world = World(layout, device, stages)
             if not world.leads:
                 logger.setLevel(logging.WARNING)
             logger.info("layout %s: %s", layout, description(layout, model))

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from benthic.config.manifest import Parameter, parameters
 from benthic.config.model import ModelConfig
-from benthic.config.parallel import ParallelConfig
+from benthic.config.parallel import MIRRORED, ParallelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,10 @@ def hold(rows: Iterable[Parameter], expert: int, tensor: int) -> Holding:
 
 
 def stages_of_rank(layout: ParallelConfig, rank: int) -> list[int]:
-    """Indices of the stages a pipeline rank holds: mirrored for the bidirectional schedules, strided if interleaved."""
-    if layout.pipeline == 1 or layout.schedule in ("1f1b", "zb1p"):
-        return [rank]
-    if layout.schedule == "interleaved":
-        return [rank + chunk * layout.pipeline for chunk in range(layout.chunks)]
-    return [rank, layout.stages - 1 - rank]
+    """Indices of the stages a pipeline rank holds: mirrored or strided, as the schedule is."""
+    if layout.schedule in MIRRORED and layout.pipeline > 1:
+        return [rank, layout.stages - 1 - rank]
+    return [rank + chunk * layout.pipeline for chunk in range(layout.stages_per_rank)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +91,12 @@ def block_names(layer: int) -> tuple[str, str, str]:
 def pipeline_rank(config: ModelConfig, layout: ParallelConfig, stages: Sequence[range], rank: int) -> Rank:
     """What pipeline rank `rank` holds when `stages` are the layers of each stage, prediction layers last.
 
-    The last stage needs the embedding too, where prediction layers embed or the head is tied.
+    Prediction layers, on the last stage, are passed rows of the first stage's embedding; a tied head is that matrix.
     """
     layers = tuple(layer for stage in stages_of_rank(layout, rank) for layer in stages[stage])
     end = config.num_hidden_layers + config.num_nextn_predict_layers - 1
     first, last = 0 in layers, end in layers
-    embeds = first or (last and bool(config.num_nextn_predict_layers or config.tie_word_embeddings))
+    embeds = first or (last and config.tie_word_embeddings)
     held = _blocks(config, layout.expert, layout.tensor)
     names = [name for layer in layers for name in block_names(layer)]
     outside = {"embedding": held["embedding"] if embeds else Holding(), "head": held["head"] if last else Holding()}

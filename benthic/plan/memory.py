@@ -20,7 +20,7 @@ from benthic.plan.breakdown import Breakdown, Term
 from benthic.plan.devices import DEVICES, Device
 from benthic.plan.holdings import Rank, pipeline_rank, stages_of_rank
 from benthic.plan.ledger import Ledger
-from benthic.plan.pipeline import cut
+from benthic.plan.pipeline import cut_layers
 from benthic.plan.playback import Playback
 from benthic.plan.training import Training
 
@@ -57,7 +57,7 @@ def training_memory(
     layout = layout or ParallelConfig()
     layout.check_model(config)
     blocks = config.num_hidden_layers + config.num_nextn_predict_layers
-    stages = stages or cut([1.0] * blocks, layout.stages)
+    stages = stages or cut_layers(config, [1.0] * blocks, layout.stages)
     found = [
         _memory_of_rank(config, training, layout, stages, rank, device) for rank in _different(config, layout, stages)
     ]

@@ -5,7 +5,9 @@ FB an overlapped forward and backward. Published bubbles (DualPipe README; zero 
 
     1f1b         (P - 1) (F + B)
     interleaved  (P - 1) (F + B) / chunks                     Narayanan et al., arXiv:2104.04473
-    zb1p         (P - 1) (F + B - 2 W)
+    gpipe        (P - 1) (F + B)                              Huang et al., arXiv:1811.06965
+    zb1p         (P - 1) (F + B - 2 W) / chunks
+    zbv          (P - 1) (F + B - 3 W)                        two half stages a rank; 0 where F = W = B - W
     dualpipe     (P / 2 - 1) (FB + B - 3 W)                   two stages a rank, every parameter twice
     dualpipev    (P - 1) (FB + B - 3 W)                       two half stages a rank, on P = half as many ranks
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError
 
@@ -43,12 +46,14 @@ def bubble(layout: ParallelConfig, stage: StageTime) -> tuple[float, str]:
     if ranks == 1:
         return 0.0, "no pipeline"
     match layout.schedule:
-        case "1f1b":
+        case "1f1b" | "gpipe":
             seconds, formula = (ranks - 1) * (forward + backward), f"({ranks} - 1) (F + B)"
         case "interleaved":
             seconds, formula = (ranks - 1) * (forward + backward), f"({ranks} - 1) (F + B) of 1/{layout.chunks} stage"
         case "zb1p":
             seconds, formula = (ranks - 1) * (forward + backward - 2 * weight), f"({ranks} - 1) (F + B - 2 W)"
+        case "zbv":
+            seconds, formula = (ranks - 1) * (forward + backward - 3 * weight), f"({ranks} - 1) (F + B - 3 W)"
         case "dualpipe":
             seconds, formula = (
                 (ranks / 2 - 1) * (stage.both + backward - 3 * weight),
@@ -74,21 +79,36 @@ def steady(layout: ParallelConfig, stage: StageTime, micro_batches: int) -> floa
 def chunks_in_flight(layout: ParallelConfig, rank: int, micro_batches: int) -> float:
     """Forward passes of one stage whose activations pipeline rank `rank` keeps at once.
 
-    1F1B and ZB1P: P - rank. Interleaved: (chunks - 1) P + 1 + 2 (P - 1 - rank), the forwards before the first backward
-    (arXiv:2104.04473, section 2.2). DualPipe: P + 1, DualPipeV: 2 P + 1 of its half-size stages (DualPipe README).
+    GPipe: all. 1F1B: P - rank. Interleaved: (chunks - 1) P + 1 + 2 (P - 1 - rank), the forwards before the first
+    backward (arXiv:2104.04473, section 2.2); ZB1P: (chunks - 1) P + P - rank. ZBV: 2 P of its half-size stages
+    (arXiv:2401.10241, section 6). DualPipe: P + 1, DualPipeV: 2 P + 1 of its half-size stages (DualPipe README).
     """
     ranks = layout.pipeline
     if ranks == 1:
         return 1
     match layout.schedule:
-        case "1f1b" | "zb1p":
+        case "gpipe":
+            return micro_batches
+        case "1f1b":
             return min(ranks - rank, micro_batches)
+        case "zb1p":
+            return min((layout.chunks - 1) * ranks + ranks - rank, micro_batches * layout.chunks)
+        case "zbv":
+            return min(2 * ranks, 2 * micro_batches)
         case "interleaved":
             return min((layout.chunks - 1) * ranks + 1 + 2 * (ranks - 1 - rank), micro_batches * layout.chunks)
         case "dualpipe":
             return min(ranks + 1, micro_batches)
         case "dualpipev":
             return min(2 * ranks + 1, 2 * micro_batches)
+
+
+def cut_layers(config: ModelConfig, costs: Sequence[float], stages: int) -> list[range]:
+    """`cut` of layers of these costs, prediction layers last: they are not parted."""
+    tail = max(0, config.num_nextn_predict_layers - 1)
+    joined = len(costs) - tail
+    found = cut([*costs[: joined - 1], sum(costs[joined - 1 :])], stages)
+    return [*found[:-1], range(found[-1].start, len(costs))]
 
 
 def cut(costs: Sequence[float], stages: int) -> list[range]:

@@ -17,7 +17,7 @@ from benthic.plan.flops import training_flops_per_token
 from benthic.plan.holdings import pipeline_rank, stages_of_rank
 from benthic.plan.kernels import Kernels, moving_seconds
 from benthic.plan.layer_time import GROUPED_TILE, Overheads, Piece, embedding_pieces, head_pieces, layer_pieces
-from benthic.plan.pipeline import StageTime, bubble, cut
+from benthic.plan.pipeline import StageTime, bubble, cut_layers
 from benthic.plan.traffic import update_traffic
 from benthic.plan.training import Training
 
@@ -105,7 +105,7 @@ def assemble(
     overheads: Overheads,
 ) -> StepTime:
     """A step of `count` micro-batches a rank from the pieces of its layers."""
-    stages = cut([sum(piece.seconds for piece in layer) for layer in pieces], layout.stages)
+    stages = cut_layers(config, [sum(piece.seconds for piece in layer) for layer in pieces], layout.stages)
     # A rank's micro-batch passes through each stage it holds; DualPipe sends half of them through each.
     halves = 2 if layout.schedule == "dualpipe" and layout.pipeline > 1 else 1
     of_rank = [

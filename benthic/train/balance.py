@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from benthic.config.model import ModelConfig
 from benthic.config.train import BalanceConfig
 
 
@@ -27,6 +28,16 @@ def count_loads(experts: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(num_experts, dtype=torch.int64, device=experts.device).scatter_add_(
         0, chosen, torch.ones_like(chosen)
     )
+
+
+def of_all_layers(loads: Mapping[int, Tensor], model: ModelConfig, device: torch.device) -> dict[int, Tensor]:
+    """Loads int64 [E] of every layer with experts, prediction layers included: zeros for those not in `loads`, which
+    other stages of a pipeline have counted."""
+    if not model.n_routed_experts:
+        return {}
+    layers = range(model.num_hidden_layers + model.num_nextn_predict_layers)
+    none = torch.zeros(model.n_routed_experts, dtype=torch.int64, device=device)
+    return {layer: loads.get(layer, none.clone()) for layer in layers if model.is_expert_layer(layer)}
 
 
 def max_violation(loads: Tensor) -> Tensor:

@@ -8,18 +8,25 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from benthic.config.manifest import parameters
 from benthic.config.train import TrainConfig
 from benthic.errors import BenthicError, ConfigError, PeerError, RunError
 from benthic.model.language_model import LanguageModel
-from benthic.parallel.mesh import Seat
 from benthic.parallel.placement import spread
 from benthic.parallel.tensor import tensor_axis
 from benthic.parallel.world import World
+from benthic.plan.devices import find_device
+from benthic.train.fit import plan_run
 from benthic.train.folder import RunFolder
+from benthic.train.schedule import smallest
+
+if TYPE_CHECKING:  # torch's pipelining takes a while to import
+    from benthic.train.pipeline import Pipeline, Section
 
 
 def own_device(kind: str) -> torch.device:
@@ -40,23 +47,43 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def sequences_at_a_time(config: TrainConfig) -> int:
+    """What a batch is a multiple of: micro-batches that all ranks, and a pipeline's schedule, come out even with."""
+    layout = config.parallel
+    return config.batch.micro_sequences * layout.data * layout.micro_batch_unit
+
+
 def check_batches(config: TrainConfig) -> None:
-    """Raise ConfigError unless every rank gets whole micro-batches of the largest batch, and of a sequence that it
-    shares more positions than prediction layers look ahead."""
-    sequences, micro = int(config.batch.sequences.peak), config.batch.micro_sequences
+    """Raise ConfigError unless every rank gets whole micro-batches of the largest batch, the smallest one fills a
+    pipeline, and ranks that share a sequence have more of its positions than prediction layers look ahead."""
+    batch, layout = config.batch, config.parallel
+    unit, micro = sequences_at_a_time(config), batch.micro_sequences
+    sequences, least = int(batch.sequences.peak), max(1, int(smallest(batch.sequences)) // unit) * unit
     try:
-        config.parallel.check_batch(sequences, micro, config.data.sequence_length)
+        layout.check_batch(sequences, micro, config.data.sequence_length)
     except ConfigError as error:
-        fits = math.gcd(sequences // config.parallel.data, micro)
-        smaller = f"; or --batch.micro_sequences {fits}" if sequences % config.parallel.data == 0 else ""
+        fits = math.gcd(sequences // layout.data, micro)
+        smaller = f"; or --batch.micro_sequences {fits}" if sequences % layout.data == 0 and fits < micro else ""
         raise ConfigError(error.message, f"{error.hint or ''}{smaller}") from None
-    share = Seat(config.parallel, 0).share(config.data.sequence_length)
-    depths = config.model.num_nextn_predict_layers
-    if share is not None and share.length // (share.context * share.tensor) <= depths:
+    if least < sequences:
+        layout.check_batch(least, micro, config.data.sequence_length)
+    positions = config.data.sequence_length // (layout.context * layout.tensor)
+    if layout.context * layout.tensor > 1 and positions <= config.model.num_nextn_predict_layers:
         raise ConfigError(
-            f"data.sequence_length is {share.length}, of which each of {share.context} context and {share.tensor} "
-            f"tensor ranks has {share.length // (share.context * share.tensor)} positions; {depths} prediction layers "
-            "need more"
+            f"data.sequence_length is {config.data.sequence_length}, of which each of {layout.context} context and "
+            f"{layout.tensor} tensor ranks has {positions} positions; {config.model.num_nextn_predict_layers} "
+            "prediction layers need more"
+        )
+
+
+def check_pipeline(config: TrainConfig) -> None:
+    """Raise ConfigError for settings that a pipeline's ranks cannot do."""
+    layout = config.parallel
+    if layout.pipeline > 1 and config.sampling.prompts:
+        raise ConfigError(
+            f"parallel.pipeline is {layout.pipeline}, and sampling.prompts asks for completions during the run: no "
+            "rank of a pipeline has the whole model",
+            hint="leave sampling.prompts empty; benthic generate completes text with the finished model",
         )
 
 
@@ -103,8 +130,17 @@ def _require_pieces(config: TrainConfig, in_float8: Collection[str]) -> None:
             )
 
 
-def build_model(config: TrainConfig, world: World, device: torch.device) -> LanguageModel:
-    """The model, allocated on `device`: whole where this process is alone, this rank's part otherwise."""
+def stage_layers(config: TrainConfig) -> tuple[range, ...]:
+    """The layers of each stage of a pipeline, none without one: the planner's cut, which evens out what it counts for
+    layers, embedding and head on such a device."""
+    if config.parallel.pipeline == 1:
+        return ()
+    return plan_run(config, find_device("cpu" if config.device == "cpu" else "h200")).step.stages
+
+
+def build_model(config: TrainConfig, world: World, device: torch.device) -> tuple[LanguageModel, Pipeline | None]:
+    """The model, allocated on `device`: whole where this process is alone, this rank's part otherwise; and the pipeline
+    that its stages are in, where there is one."""
     alone, dtype = world.size == 1, compute_dtype(config)
     model = LanguageModel(config.model, device if alone else torch.device("meta"), dtype)
     in_float8: tuple[str, ...] = ()
@@ -114,10 +150,29 @@ def build_model(config: TrainConfig, world: World, device: torch.device) -> Lang
         in_float8 = use_float8(model).quantised
         _require_pieces(config, in_float8)
     if alone:
-        return model
-    spread(model.float(), config.model, world, dtype, in_float8)
+        return model, None
+    sections = laid_out(model, config, world, dtype, in_float8)
     if in_float8:
         from benthic.model.float8 import keep_no_copies
 
         keep_no_copies(model)
-    return model.to_empty(device=device)
+    model.to_empty(device=device)
+    if not sections:
+        return model, None
+    from benthic.train.pipeline import Pipeline
+
+    return model, Pipeline(config, sections, dtype, world)
+
+
+def laid_out(
+    model: LanguageModel, config: TrainConfig, world: World, dtype: torch.dtype, in_float8: Collection[str] = ()
+) -> dict[int, Section]:
+    """Cut `model`, on the meta device, to this rank's part, in place; the sections of a pipeline that it holds."""
+    own, sections = world.own_stages, {}
+    if own:
+        from benthic.train.pipeline import as_sections
+
+        sections = dict(zip(own, as_sections(model, list(own.values()), config), strict=True))
+    roots: dict[nn.Module, range] = {section: section.stage.layers for section in sections.values()}
+    spread(model.float(), config.model, world, dtype, in_float8, roots)
+    return sections

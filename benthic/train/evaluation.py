@@ -6,18 +6,21 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benthic.data import Batch, validation_batches
 from benthic.data.tokens import TokenFile
-from benthic.model.language_model import LanguageModel
+from benthic.model.language_model import LanguageModel, States
 from benthic.parallel.placement import forget_gathered
 from benthic.parallel.world import ALONE, World
-from benthic.train.balance import count_loads, max_violation
+from benthic.train.balance import count_loads, max_violation, of_all_layers
 from benthic.train.loss import IGNORED, forward, labels
+
+if TYPE_CHECKING:  # torch's pipelining takes a while to import
+    from benthic.train.pipeline import Pipeline
 
 _ROWS = 2048
 """Positions whose logits exist at once."""
@@ -82,33 +85,48 @@ def held_out(source: TokenFile, sequence_length: int, size: int, max_tokens: int
 
 @torch.no_grad()
 def validate(
-    model: LanguageModel, batches: Iterable[Batch], token_bytes: Tensor, masked: bool, world: World = ALONE
+    model: LanguageModel,
+    batches: Iterable[Batch],
+    token_bytes: Tensor,
+    masked: bool,
+    world: World = ALONE,
+    pipeline: Pipeline | None = None,
 ) -> Validation:
-    """Read `batches` with `model`, each on one of the ranks. `token_bytes` int64 [V] says how many bytes of text each
-    token stands for."""
+    """Read `batches` with `model`, each on one of the ranks that are given different data. `token_bytes` int64 [V] says
+    how many bytes of text each token stands for. The ranks of a `pipeline` read a batch together, and the one where it
+    ends compares it with the text."""
     depths = model.config.num_nextn_predict_layers
     total = Validation(agreed=[0] * depths, compared=[0] * depths)
     for batch, counts in _turns(batches, world):
-        states = forward(model, batch, masked, min(depths, batch.tokens.shape[1] - 2))
+        predictions = min(depths, batch.tokens.shape[1] - 2)
+        if pipeline is None:
+            states = forward(model, batch, masked, predictions)
+        else:
+            states = pipeline.states(batch, predictions)
         if not counts:
             continue
-        targets = labels(batch, 0, masked).flatten()
-        nats, likeliest = _head(model, states.hidden, targets)
-        counted = targets[targets != IGNORED]
-        total.nats += nats
-        total.tokens += counted.numel()
-        total.text_bytes += int(token_bytes[counted].sum())
-        likeliest = likeliest.view(states.hidden.shape[:2])
-        for depth, hidden in enumerate(states.predictions, start=1):
-            drafted = _likeliest(model, hidden)
-            # Position i of depth k and position i + k of the main model both name token i + k + 1.
-            total.agreed[depth - 1] += int((drafted == likeliest[:, depth:]).sum())
-            total.compared[depth - 1] += drafted.numel()
+        if pipeline is None or pipeline.ends_here:
+            _compare(total, model, states, labels(batch, 0, masked).flatten(), token_bytes)
         for layer, routing in states.routing.items():
             load = count_loads(routing.experts, routing.scores.shape[-1])
             total.loads[layer] = total.loads[layer] + load if layer in total.loads else load
     forget_gathered(model)
     return _over_ranks(total, model, world, token_bytes.device)
+
+
+def _compare(total: Validation, model: LanguageModel, states: States, targets: Tensor, token_bytes: Tensor) -> None:
+    """Add to `total` what the heads say of a batch whose next tokens are `targets`."""
+    nats, likeliest = _head(model, states.hidden, targets)
+    counted = targets[targets != IGNORED]
+    total.nats += nats
+    total.tokens += counted.numel()
+    total.text_bytes += int(token_bytes[counted].sum())
+    likeliest = likeliest.view(states.hidden.shape[:2])
+    for depth, hidden in enumerate(states.predictions, start=1):
+        drafted = _likeliest(model, hidden)
+        # Position i of depth k and position i + k of the main model both name token i + k + 1.
+        total.agreed[depth - 1] += int((drafted == likeliest[:, depth:]).sum())
+        total.compared[depth - 1] += drafted.numel()
 
 
 def _turns(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
@@ -128,9 +146,7 @@ def _over_ranks(total: Validation, model: LanguageModel, world: World, device: t
     nats = torch.tensor(total.nats, dtype=torch.float64, device=device)
     depths = len(total.agreed)
     counts = torch.tensor([total.tokens, total.text_bytes, *total.agreed, *total.compared], device=device)
-    layers = [layer for layer in range(depths + model.config.num_hidden_layers) if model.config.is_expert_layer(layer)]
-    none = torch.zeros(model.config.n_routed_experts or 0, dtype=torch.int64, device=device)
-    loads = {layer: total.loads.get(layer, none.clone()) for layer in layers}
+    loads = of_all_layers(total.loads, model.config, device)
     world.add_up(nats, counts, *loads.values())
     tokens, text_bytes, *rest = counts.tolist()
     return Validation(float(nats), tokens, text_bytes, rest[:depths], rest[depths:], loads)

@@ -30,7 +30,7 @@ def set_first_weights(model: LanguageModel, config: TrainConfig, world: World) -
         if world.size == 1:
             load_into(model, checkpoint)
         else:
-            _load_parts(model, checkpoint, parts(config.model, world))
+            _load_blocks(model, checkpoint, parts(config.model, world))
         logger.info("weights of %s", config.start_from)
         return
     initialise(model, config.seed, parts(config.model, world))
@@ -39,21 +39,23 @@ def set_first_weights(model: LanguageModel, config: TrainConfig, world: World) -
         local(parameter).copy_(local(parameter).to(compute_dtype(config)))
 
 
-def _load_parts(model: LanguageModel, checkpoint: Checkpoint, parts: Mapping[str, Part]) -> None:
-    """Fill what this rank holds of each tensor. Every rank reads all of the folder, a tensor at a time."""
-    tensors = {name: local(one) for name, one in (*model.named_parameters(), *model.named_buffers())}
+def _load_blocks(model: LanguageModel, checkpoint: Checkpoint, held: Mapping[str, Part]) -> None:
+    """Fill the blocks that this rank holds."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for row, stored in read_weights(checkpoint):
-        target, (block, *inner) = tensors[row.source.name], parts[row.source.name].block
-        if row.duplicate:
+        part = held.get(row.source.name)
+        if part is None or row.duplicate:
             continue
+        target = local(tensors[row.source.name])
         if row.expert is None:
-            target.copy_(stored[block, *inner])
-        elif block.start <= row.expert < block.stop:
-            rows, columns = inner
-            first, last = max(rows.start, row.first_row), min(rows.stop, row.first_row + row.shape[0])
-            if first < last:
-                found = stored[first - row.first_row : last - row.first_row, columns]
-                target[row.expert - block.start, first - rows.start : last - rows.start].copy_(found)
+            target.copy_(stored[part.block])
+            continue
+        experts, rows, columns = part.block
+        # Of an expert's rows, gate's before up's, those from `first` to `last` are this rank's.
+        first, last = max(rows.start, row.first_row), min(rows.stop, row.first_row + row.shape[0])
+        if row.expert in range(experts.start, experts.stop) and first < last:
+            block = stored[first - row.first_row : last - row.first_row, columns]
+            target[row.expert - experts.start, first - rows.start : last - rows.start].copy_(block)
 
 
 def _refuse_other_mathematics(stored: ModelConfig, wanted: ModelConfig, folder: str) -> None:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from benthic.config.model import ModelConfig
 from benthic.config.train import BalanceConfig
 from benthic.data import Batch
 from benthic.model.language_model import LanguageModel, States
@@ -79,19 +82,37 @@ def losses(
     """The part of the update's loss that `batch` holds. `weight` is lambda, the weight of the prediction loss. Where
     ranks of `world` share sequences, the part of this rank: they add up, and backward on all of them at once gives
     the gradients of the whole."""
-    depths = model.config.num_nextn_predict_layers
     share = world.share(batch.tokens.shape[1] - 1)
-    states = forward(model, batch, masked, depths, share)
-    main = _cross_entropy(model, states.hidden, labels(batch, 0, masked, share), scale.valid_tokens, world)
-    zero = main.new_zeros(())
-    prediction = sum(
-        (
-            _cross_entropy(model, hidden, labels(batch, depth, masked, share), scale.valid_tokens * depths, world)
-            for depth, hidden in enumerate(states.predictions, start=1)
-        ),
-        start=zero,
-    )
-    balanced = balance_loss(states, batch, scale.sequences, balance, model.config, world)
+    states = forward(model, batch, masked, model.config.num_nextn_predict_layers, share)
+    return losses_of(states, model.head_weight, batch, scale, masked, weight, balance, model.config, world)
+
+
+def losses_of(
+    states: States,
+    head: Float[Tensor, "vocabulary width"] | None,
+    batch: Batch,
+    scale: Scale,
+    masked: bool,
+    weight: float,
+    balance: BalanceConfig,
+    model: ModelConfig,
+    world: World = ALONE,
+) -> Losses:
+    """`losses` of `states`. Without a `head`, on a stage of a pipeline that is not the last, only what the layers
+    passed add to the loss."""
+    depths, share = model.num_nextn_predict_layers, world.share(batch.tokens.shape[1] - 1)
+    zero = states.hidden.new_zeros((), dtype=torch.float32)
+    main = prediction = zero
+    if head is not None:
+        main = _cross_entropy(head, states.hidden, labels(batch, 0, masked, share), scale.valid_tokens, world)
+        prediction = sum(
+            (
+                _cross_entropy(head, hidden, labels(batch, depth, masked, share), scale.valid_tokens * depths, world)
+                for depth, hidden in enumerate(states.predictions, start=1)
+            ),
+            start=zero,
+        )
+    balanced = balance_loss(states, batch, scale.sequences, balance, model, world)
     return Losses(
         total=main + weight * prediction + balanced,
         main=main.detach(),
@@ -101,8 +122,8 @@ def losses(
     )
 
 
-def _cross_entropy(model: LanguageModel, hidden: Tensor, targets: Tensor, divisor: int, world: World) -> Tensor:
+def _cross_entropy(head: Tensor, hidden: Tensor, targets: Tensor, divisor: int, world: World) -> Tensor:
     if world.tensor_group is not None:
-        return shared_cross_entropy(hidden, model.head_weight, targets, divisor, world.tensor_group)
-    loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten(), divisor)
+        return shared_cross_entropy(hidden, head, targets, divisor, world.tensor_group)
+    loss, _ = linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), divisor)
     return loss

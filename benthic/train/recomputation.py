@@ -28,7 +28,7 @@ def recompute(model: LanguageModel, kind: Literal["none", "up_projections", "lay
     work as before. Passes that change modules' classes, as `use_float8` does, may come before or after."""
     if kind == "none":
         return
-    for layer in model.model.layers:
+    for layer in model.model.layers.children():
         if kind == "layer":
             layer.forward = _checkpointed(_forward_of(layer))
             continue

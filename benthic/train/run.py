@@ -16,7 +16,7 @@ from benthic.log import logger
 from benthic.model.room import available_bytes
 from benthic.parallel.world import World, joined
 from benthic.plan.memory import TrainingMemory
-from benthic.train.distributed import check_batches, entered, own_device, processes_here
+from benthic.train.distributed import check_batches, check_pipeline, entered, own_device, processes_here, stage_layers
 from benthic.train.export import Facts, export
 from benthic.train.fit import compared, require_room
 from benthic.train.progress import Lines, shown
@@ -50,7 +50,9 @@ def run(config: TrainConfig, folder: str | Path, resume: bool = False) -> Summar
     """
     config = resolved(config)
     # The wait for signals is outermost: where a rank dies torchrun sends the others SIGTERM, and one still says why.
-    with stop_requests() as stop, joined(config.parallel, config.model, own_device(config.device)) as world:
+    check_pipeline(config)
+    where = config.parallel, config.model, own_device(config.device), stage_layers(config)
+    with stop_requests() as stop, joined(*where) as world:
         check_batches(config)
         planned = _check_room(config, world)
         with entered(Path(folder), config, resume, world) as place:

@@ -49,6 +49,14 @@ def sequences_at(schedule: Schedule, micro_sequences: int, place: Place) -> int:
     return max(1, int(value(schedule, place) * (1 + 1e-12)) // micro_sequences) * micro_sequences
 
 
+def smallest(schedule: Schedule) -> float:
+    """The least value of a run that lasts as long as its phases."""
+    reached = [phase.factor for phase in schedule.phases]
+    if not schedule.phases or schedule.phases[0].shape != "constant":
+        reached.append(schedule.start)
+    return schedule.peak * min(reached)
+
+
 def planned_tokens(config: TrainConfig) -> int:
     """Tokens that all updates of a run read together."""
     tokens = 0

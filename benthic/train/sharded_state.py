@@ -44,7 +44,7 @@ class ShardedStates:
 
     def __init__(self, config: ModelConfig, world: World) -> None:
         self._world = world
-        self._rows = {row.name: row for row in parameters(config)}
+        self._rows = {row.name: row for row in parameters(config) if world.holds(row)}
 
     def save(self, checkpoints: Path, state: State, keep: int | None) -> None:
         """Write `state`, whose tensors are this rank's blocks; every rank calls it. Errors as `save_state`'s."""

@@ -7,7 +7,7 @@ and that in an exchange of tokens every send has its receive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -22,11 +22,11 @@ from benthic.model.language_model import LanguageModel
 from benthic.ops.route import route
 from benthic.parallel.experts import without_repeats
 from benthic.parallel.mesh import Seat, description, require_supported
-from benthic.parallel.placement import local, part, parts, spread
+from benthic.parallel.placement import local, part, parts
 from benthic.parallel.world import World
 from benthic.plan.devices import find_device
 from benthic.plan.memory import training_memory
-from benthic.train.distributed import check_batches
+from benthic.train.distributed import check_batches, check_pipeline, laid_out, stage_layers
 from benthic.train.fit import training_of
 
 TOLERANCE = 0.05
@@ -48,16 +48,25 @@ def simulate(config: TrainConfig) -> Iterator[str]:
     fit and NumericsError where a check fails."""
     layout, model = config.parallel, config.model
     require_supported(layout, model, layout.world)
+    check_pipeline(config)
     check_batches(config)
     yield f"layout {layout}: {description(layout, model)}"
     rows = list(parameters(model))
-    seats = [Seat(layout, rank) for rank in range(layout.world)]
-    for row in _kinds(rows):
-        _require_tiled(row, seats)
+    stages = stage_layers(config)
+    seats = [Seat(layout, rank, stages) for rank in range(layout.world)]
+    if stages:
+        yield f"stages: layers {' | '.join(f'{layers.start}-{layers.stop - 1}' for layers in stages)}"
+    for place in range(layout.pipeline):
+        there = [seat for seat in seats if seat.pipeline_rank == place]
+        for row in _kinds([row for row in rows if there[0].holds(row)]):
+            _require_tiled(row, there)
+    held = [row.name for seat in seats[:: layout.ranks_in_stage] for row in rows if seat.holds(row)]
+    if sorted(held) != sorted(row.name for row in rows):
+        raise NumericsError(f"the stages of the pipeline hold {len(held):,} tensors, the model has {len(rows):,}")
     yield f"blocks: {len(rows):,} tensors are made up by their blocks exactly, over {layout.world:,} ranks"
     built = sorted({0, layout.world // 2, layout.world - 1})
     for rank in built:
-        _require_built(config, rank)
+        _require_built(config, rank, stages)
     yield f"ranks {', '.join(map(str, built))} built by FSDP hold the blocks they should"
     yield _compared_with_plan(config, rows, seats)
     if layout.expert > 1:
@@ -85,20 +94,24 @@ def _require_tiled(row: Parameter, seats: list[Seat]) -> None:
         raise NumericsError(f"the blocks of {row.name} cover {covered:,} of {row.size:,} elements, or some twice")
 
 
-def _require_built(config: TrainConfig, rank: int) -> None:
+def _require_built(config: TrainConfig, rank: int, stages: Sequence[range]) -> None:
     layout, model = config.parallel, config.model
     if dist.is_initialized():
         raise ConfigError("a layout is simulated by a process that is part of none")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     try:
-        world = World(layout, torch.device("cpu"))
+        world = World(layout, torch.device("cpu"), stages)
         built = LanguageModel(model, torch.device("meta"), torch.float32)
-        spread(built, model, world, torch.bfloat16)
+        laid_out(built, config, world, torch.bfloat16)
         expected = parts(model, world)
-        for name, parameter in built.named_parameters():
+        found = dict(built.named_parameters())
+        wanted = {row.name for row in parameters(model) if row.name in expected and row.group != "routing_bias"}
+        if found.keys() != wanted:
+            raise NumericsError(f"rank {rank} has built {len(found)} tensors; it should hold {len(wanted)}")
+        for name, parameter in found.items():
             if tuple(local(parameter).shape) != expected[name].size:
-                found = list(local(parameter).shape)
-                raise NumericsError(f"rank {rank} holds {found} of {name}; its block is {list(expected[name].size)}")
+                shape = list(local(parameter).shape)
+                raise NumericsError(f"rank {rank} holds {shape} of {name}; its block is {list(expected[name].size)}")
     finally:
         dist.destroy_process_group()
 
@@ -106,9 +119,11 @@ def _require_built(config: TrainConfig, rank: int) -> None:
 def _compared_with_plan(config: TrainConfig, rows: list[Parameter], seats: list[Seat]) -> str:
     compute = "bfloat16" if config.precision.compute == "auto" else config.precision.compute
     training = training_of(config, compute)
-    planned = training_memory(config.model, training, config.parallel, device=find_device("h100"))
+    stages = seats[0].stages or None
+    planned = training_memory(config.model, training, config.parallel, stages, find_device("h100"))
+    mine = [seat for seat in seats if seat.pipeline_rank == planned.rank]
     states = 4 + 2 * (2 if training.bf16_moments else 4) + 4 * training.averaged_weights
-    fullest = max(_held(rows, seat) for seat in (seats[0], seats[-1]))
+    fullest = max(_held(rows, seat) for seat in (mine[0], mine[-1]))
     # Weights in float32 are their own masters.
     masters = "weights" if training.precision == "fp32" else "master weights"
     expected = sum(line.value for line in planned.lines if line.name in (masters, "moments", "averaged weights"))
@@ -123,7 +138,7 @@ def _compared_with_plan(config: TrainConfig, rows: list[Parameter], seats: list[
 
 
 def _held(rows: list[Parameter], seat: Seat) -> int:
-    return sum(prod(part(row, seat).size) for row in rows if row.group != "routing_bias")
+    return sum(prod(part(row, seat).size) for row in rows if row.group != "routing_bias" and seat.holds(row))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,11 +24,14 @@ from benthic.model.float8 import weights_unchanged
 from benthic.model.language_model import LanguageModel
 from benthic.parallel.placement import forget_gathered, sum_gradients
 from benthic.parallel.world import ALONE, World
-from benthic.train.balance import move_biases, scaled_speed
+from benthic.train.balance import move_biases, of_all_layers, scaled_speed
 from benthic.train.disk import publish_folder, write_tensors
 from benthic.train.loss import IGNORED, Losses, Scale, labels, losses
 from benthic.train.optimizer import Optimizer
 from benthic.train.schedule import Place, value
+
+if TYPE_CHECKING:  # torch's pipelining takes a while to import
+    from benthic.train.pipeline import Pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +88,17 @@ def launch(
     config: TrainConfig,
     before: Launched | None = None,
     world: World = ALONE,
+    pipeline: Pipeline | None = None,
 ) -> Launched:
     """Enqueue an update on `batch`, which is the host's: this rank's share of the whole. One process alone waits for
-    no device here.
+    no device here. With a `pipeline` the gradients are made by its ranks together.
 
     `before` is an update that has not been finished yet: where it fails, this one changes nothing either. Raises
     NumericsError when no position of the batch has a label.
     """
     masked = config.data.mask_documents
     ranks = config.parallel.data
-    counted = int((labels(batch, 0, masked) != IGNORED).sum()) if world.reads_first else 0
-    scale = Scale(world.total(counted), len(batch.tokens) * ranks)
+    scale = Scale(world.total_of_batch(int((labels(batch, 0, masked) != IGNORED).sum())), len(batch.tokens) * ranks)
     if not scale.valid_tokens:
         raise NumericsError(
             f"update {place.step} has no label: every token's next one is in another document",
@@ -103,21 +107,19 @@ def launch(
     weight = value(config.prediction.weight, place)
     optimizer.zero_gradients()
     forget_gathered(model)
-    parts: list[Losses] = []
-    micros = list(micro_batches(on_device(batch, model.head_weight.device), config.batch.micro_sequences))
+    placed = on_device(batch, world.device if world.size > 1 else model.head_weight.device)
     with weights_unchanged(model):
-        for micro in micros:
-            sum_gradients(model, micro is micros[-1], world)
-            part = losses(model, micro, scale, masked, weight, config.balance, world)
-            part.total.backward()
-            part.total = part.total.detach()
-            parts.append(part)
+        if pipeline is None:
+            parts = _one_after_another(model, placed, scale, weight, config, world)
+        else:
+            parts = pipeline.learn(placed, scale, weight)
     optimizer.add_up_tensor_ranks()
     norms = optimizer.gradient_norms()
     norm = optimizer.joint_norm(norms)
     recorded = [torch.stack((part.main, part.prediction, part.balance, part.total)) for part in parts]
     sums = torch.stack(recorded).sum(0)
     loads = {layer: torch.stack([part.loads[layer] for part in parts]).sum(0) for layer in parts[0].loads}
+    loads = of_all_layers(loads, model.config, placed.tokens.device)
     world.add_up(sums, *loads.values())
     *seen, total = sums
     finite = norm.isfinite() & total.isfinite()
@@ -135,6 +137,21 @@ def launch(
         loads = dict(zip(loads, together.unbind(), strict=True))
     arrived = _mark(finite.device)
     return Launched(place, scale, learning_rate, parts, norms, finite, numbers, loads, arrived, batch)
+
+
+def _one_after_another(
+    model: LanguageModel, batch: Batch, scale: Scale, weight: float, config: TrainConfig, world: World
+) -> list[Losses]:
+    """Forward and backward of each micro-batch; `weight` is that of the prediction loss."""
+    parts: list[Losses] = []
+    micros = list(micro_batches(batch, config.batch.micro_sequences))
+    for micro in micros:
+        sum_gradients(model, micro is micros[-1], world)
+        part = losses(model, micro, scale, config.data.mask_documents, weight, config.balance, world)
+        part.total.backward()
+        part.total = part.total.detach()
+        parts.append(part)
+    return parts
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:

@@ -19,7 +19,7 @@ from benthic.model.float8 import weights_unchanged
 from benthic.parallel.placement import forget_gathered
 from benthic.parallel.world import ALONE, World
 from benthic.train.background import Background, aside
-from benthic.train.distributed import build_model, compute_dtype
+from benthic.train.distributed import build_model, compute_dtype, sequences_at_a_time
 from benthic.train.ema import Average, OffloadedAverage
 from benthic.train.evaluation import Validation, held_out, validate
 from benthic.train.export import parameter_count
@@ -55,7 +55,7 @@ class Trainer:
                 f"{config.model.vocab_size}"
             )
         self._dtype = compute_dtype(config)
-        self.model = build_model(config, world, self.device)
+        self.model, self.pipeline = build_model(config, world, self.device)
         torch.manual_seed(config.seed)
         if self._newest_state() is None:
             set_first_weights(self.model, config, world)
@@ -136,10 +136,9 @@ class Trainer:
         """The update after `before`, which may still be computed, or after the last one."""
         step, tokens = (self.step, self.tokens) if before is None else (before.place.step, _tokens_after(before))
         place = Place(step + 1, tokens, self.config.steps)
-        sizes, ranks = self.config.batch, self.config.parallel.data
-        sequences = sequences_at(sizes.sequences, sizes.micro_sequences * ranks, place)
-        batch = self.loader.next_batch(sequences // ranks)
-        launched = launch(self.model, self.optimizer, batch, place, self.config, before, self.world)
+        sequences = sequences_at(self.config.batch.sequences, sequences_at_a_time(self.config), place)
+        batch = self.loader.next_batch(sequences // self.config.parallel.data)
+        launched = launch(self.model, self.optimizer, batch, place, self.config, before, self.world, self.pipeline)
         if self.average is not None:
             self.average.update(self.weights(), place.step)
         return launched
@@ -172,7 +171,7 @@ class Trainer:
         placed = (on_device(batch, self.device) for batch in batches)
         token_bytes = self.corpus.token_bytes.to(self.device)
         with weights_unchanged(self.model):
-            return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world)
+            return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world, self.pipeline)
 
     def sample(self, display: Lines) -> None:
         """Complete the config's prompts."""

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from benthic.cli.main import main
-from benthic.cli.train import over_all_processes, split_settings
+from benthic.cli.train import over_all_processes, split_settings, with_states_alone_split
 from benthic.config.override import override
 from benthic.config.parallel import ParallelConfig
 from benthic.config.train import TrainConfig
@@ -167,6 +167,21 @@ def test_a_run_folder_in_the_wrong_place_is_told_its_place(tmp_path, capsys):
 def test_weights_are_split_over_the_processes_that_no_other_axis_takes(layout, settings, processes, shard):
     found = over_all_processes(ParallelConfig.parse(layout), settings, processes)
     assert found.get("parallel.shard") == (shard or settings.get("parallel.shard"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "zero"),
+    [
+        ("fsdp=4", {}, None),
+        ("fsdp=4", {"parallel.pipeline": "2"}, "1"),
+        ("fsdp=4,zero=0", {"parallel.pipeline": "2"}, None),
+        ("fsdp=2,pp=2", {}, "1"),
+        ("fsdp=2,pp=2", {"parallel.pipeline": "1"}, None),
+        ("fsdp=2,pp=2", {"parallel.zero": "3"}, "3"),  # what was said stands, and is refused later
+    ],
+)
+def test_a_pipeline_splits_optimiser_states_where_nothing_is_said(layout, settings, zero):
+    assert with_states_alone_split(ParallelConfig.parse(layout), settings).get("parallel.zero") == zero
 
 
 def test_a_layout_for_many_processes_says_how_to_start_them(config, tmp_path, capsys):

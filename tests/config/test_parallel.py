@@ -59,9 +59,9 @@ def test_a_layout_written_as_text_reads_back(shard, pipeline, tensor, zero):
         ("pp=-3", "pipeline: Input should be greater than 0", ""),
         ("ep=3,fsdp=4", "expert is 3; it must divide the ranks of one pipeline stage", ""),
         ("pp=4,schedule=interleaved", "chunks is 1; the interleaved schedule needs at least 2 stages", ""),
-        ("pp=4,vp=2", "chunks is 2, which belongs to schedule 'interleaved', not '1f1b'", ""),
+        ("pp=4,vp=2", "chunks is 2, which belongs to schedules 'interleaved' and 'zb1p', not '1f1b'", ""),
         ("pp=3,schedule=dualpipe", "pipeline is 3; dualpipe feeds both ends, so it must be even", ""),
-        ("schedule=zigzag", "'1f1b', 'interleaved', 'zb1p', 'dualpipe' or 'dualpipev'", ""),
+        ("schedule=zigzag", "'1f1b', 'gpipe', 'interleaved', 'zb1p', 'zbv', 'dualpipe' or 'dualpipev'", ""),
         ("zero=4", "zero: Input should be less than or equal to 3", ""),
     ],
 )
@@ -88,6 +88,13 @@ def test_a_layout_that_does_not_divide_the_model_names_what_would(text, part, hi
     assert hint in message(error)
 
 
+def test_prediction_layers_share_a_stage():
+    two = V3.replace(num_nextn_predict_layers=2)
+    ParallelConfig(pipeline=62).check_model(two)
+    with pytest.raises(ConfigError, match="cuts the model into 63 stages, but it has only 62 layers"):
+        ParallelConfig(pipeline=63).check_model(two)
+
+
 def test_expert_parallelism_of_a_dense_model_is_refused():
     dense = ModelConfig.from_pretrained("olmo2-7b")
     with pytest.raises(ConfigError, match="expert is 2, but the model has no routed experts; it must be 1"):
@@ -101,6 +108,8 @@ def test_expert_parallelism_of_a_dense_model_is_refused():
         ("cp=4", (1, 1, 4098), "sequence_length is 4098; context parallelism over 4 ranks", ""),
         ("pp=4,schedule=interleaved,vp=2", (6, 1, 64), "6 micro-batches a rank do not suit schedule", "multiple of 4"),
         ("pp=4,schedule=dualpipe", (7, 1, 64), "takes them 2 at a time", "multiple of 2"),
+        ("pp=4", (3, 1, 64), "3 micro-batches a rank do not fill schedule '1f1b', which needs 4", "at least 4"),
+        ("fsdp=2,pp=2,schedule=dualpipev", (6, 1, 64), "3 micro-batches a rank do not fill", "at least 8"),
     ],
 )
 def test_a_batch_that_does_not_divide_names_one_that_does(layout, batch, part, hint):

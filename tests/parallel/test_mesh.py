@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benthic.config.manifest import parameters
 from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError
-from benthic.parallel.mesh import description, grid, require_supported
+from benthic.parallel.mesh import Seat, description, grid, require_supported
 from tests.train.small import small_model
 
 FOUR = dict(num_attention_heads=4, num_key_value_heads=4)
@@ -64,9 +65,10 @@ def test_a_layout_for_another_number_of_processes_is_refused():
     )
 
 
-def test_an_axis_that_only_the_planner_knows_is_refused():
-    with pytest.raises(ConfigError, match=r"parallel\.pipeline is 2; the trainer spreads a run over replicate, shard"):
-        require_supported(ParallelConfig(pipeline=2), small_model(), 2)
+@pytest.mark.parametrize("axis", ["tensor", "context"])
+def test_a_pipeline_of_split_layers_or_sequences_is_refused(axis):
+    with pytest.raises(ConfigError, match=rf"parallel\.{axis} is 2 and parallel\.pipeline 2; a stage's ranks "):
+        require_supported(ParallelConfig(pipeline=2, **{axis: 2}), small_model(), 4)
 
 
 @pytest.mark.parametrize("axis", ["tensor", "context"])
@@ -135,3 +137,61 @@ def test_the_description_says_how_few_ranks_a_token_goes_to(expert, groups, kept
     model = small_model(n_routed_experts=64, num_experts_per_tok=8, n_group=groups, topk_group=kept)
     told = description(ParallelConfig(shard=expert, expert=expert), model)
     assert told.partition("; a token goes to at most ")[2] == ("" if reached is None else f"{reached} of them")
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipev"])
+def test_each_tensor_is_held_by_one_place_of_a_pipeline(schedule):
+    layout = ParallelConfig(pipeline=2, shard=2, schedule=schedule, chunks=2 if schedule == "interleaved" else 1)
+    stages = [range(0, 2), range(2, 3)] if schedule == "1f1b" else [range(layer, layer + 1) for layer in range(4)]
+    model = small_model(num_hidden_layers=len(stages) - 1 if len(stages) == 4 else 2)
+    seats = [Seat(layout, rank, stages) for rank in range(4)]
+    for row in parameters(model):
+        places = {seat.pipeline_rank for seat in seats if seat.holds(row)}
+        assert len(places) == 1, row.name
+        assert sum(seat.holds(row) for seat in seats) == 2
+    ends = {row.name: row for row in parameters(model) if row.layer is None}
+    assert seats[0].holds(ends["model.embed_tokens.weight"])
+    # A schedule that runs through the ranks and back ends where it began.
+    assert seats[0].holds(ends["lm_head.weight"]) == (schedule == "dualpipev")
+
+
+def test_stages_that_are_not_those_of_the_layout_are_refused():
+    with pytest.raises(ConfigError, match=r"the layout \(pp=2\) has 2 stages, but 3 were given"):
+        Seat(ParallelConfig(pipeline=2), 0, [range(1), range(1, 2), range(2, 3)])
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "told"),
+    [
+        (
+            "pp=2,schedule=dualpipe",
+            {},
+            "parallel.schedule is 'dualpipe', which holds the model twice; the trainer runs 'dualpipev', its form with "
+            "one copy and the same bubble\nhint: --parallel.schedule dualpipev, on 1 or 2 pipeline ranks",
+        ),
+        (
+            "pp=2",
+            {"tie_word_embeddings": True},
+            "parallel.pipeline is 2, but the model's head is its embedding: one matrix cannot be on the first stage "
+            "and on the last\nhint: set model.tie_word_embeddings to false, or leave parallel.pipeline at 1",
+        ),
+        (
+            "fsdp=2,pp=2",
+            {},
+            "parallel.zero is 3; in a pipeline gradients of all micro-batches add up whole before they are summed over "
+            "ranks, so optimiser states alone can be split\nhint: --parallel.zero 1",
+        ),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused(layout, changes, told):
+    layout = ParallelConfig.parse(layout)
+    with pytest.raises(ConfigError) as error:
+        require_supported(layout, small_model(**changes), layout.world)
+    assert str(error.value) == told
+
+
+def test_the_description_of_a_pipeline_names_its_stages_and_schedule():
+    layout = ParallelConfig(pipeline=16, schedule="dualpipev", shard=128, zero=1, expert=64)
+    assert description(layout, V3).startswith(
+        "2048 ranks; 32 stages over 16 ranks, schedule dualpipev; optimiser states split over 128 (zero 1); 256 experts"
+    )

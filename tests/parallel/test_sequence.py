@@ -55,7 +55,6 @@ def test_ranks_of_one_sequence_are_neighbours_and_tensor_ranks_the_nearest():
     assert [seat.data_rank for seat in seats] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [seat.share(16).context_rank for seat in seats] == [0, 0, 1, 1] * 2
     assert [seat.share(16).tensor_rank for seat in seats] == [0, 1] * 4
-    assert [seat.reads_first for seat in seats] == [True, False, False, False] * 2
     assert [seat.reader for seat in seats] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert Seat(ParallelConfig(shard=8), 3).share(16) is None
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benthic.config.model import ModelConfig
 from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError
-from benthic.plan.pipeline import StageTime, bubble, chunks_in_flight, cut, steady
+from benthic.plan.pipeline import StageTime, bubble, chunks_in_flight, cut, cut_layers, steady
 
 STAGE = StageTime(forward=1.0, backward=2.0, weight_gradient=0.9, overlapped=2.5)
 
@@ -19,6 +20,8 @@ STAGE = StageTime(forward=1.0, backward=2.0, weight_gradient=0.9, overlapped=2.5
         (ParallelConfig(pipeline=8), 7 * 3.0),
         (ParallelConfig(pipeline=8, schedule="interleaved", chunks=2), 7 * 3.0),
         (ParallelConfig(pipeline=8, schedule="zb1p"), 7 * (3.0 - 1.8)),
+        (ParallelConfig(pipeline=8, schedule="gpipe"), 7 * 3.0),
+        (ParallelConfig(pipeline=8, schedule="zbv"), 7 * (3.0 - 2.7)),
         (ParallelConfig(pipeline=8, schedule="dualpipe"), 3 * (2.5 + 2.0 - 2.7)),
         (ParallelConfig(pipeline=4, schedule="dualpipev"), 3 * (2.5 + 2.0 - 2.7)),
         (ParallelConfig(), 0.0),
@@ -58,6 +61,9 @@ def test_every_schedule_does_the_same_work():
         (ParallelConfig(pipeline=8), 0, 8),
         (ParallelConfig(pipeline=8), 7, 1),
         (ParallelConfig(pipeline=8, schedule="zb1p"), 3, 5),
+        (ParallelConfig(pipeline=4, schedule="zb1p", chunks=2), 0, 8),
+        (ParallelConfig(pipeline=8, schedule="zbv"), 3, 16),
+        (ParallelConfig(pipeline=8, schedule="gpipe"), 7, 100),
         (ParallelConfig(pipeline=8, schedule="dualpipe"), 5, 9),
         (ParallelConfig(pipeline=4, schedule="dualpipev"), 2, 9),
         (ParallelConfig(pipeline=4, schedule="interleaved", chunks=2), 0, 11),
@@ -67,6 +73,14 @@ def test_every_schedule_does_the_same_work():
 )
 def test_micro_batches_in_flight_are_the_published_ones(layout, rank, chunks):
     assert chunks_in_flight(layout, rank, 100) == chunks
+
+
+def test_prediction_layers_are_not_parted():
+    config = ModelConfig.from_pretrained("deepseek-v3").replace(num_nextn_predict_layers=3)
+    stages = cut_layers(config, [1.0] * 64, 16)
+    assert [layer for stage in stages for layer in stage] == list(range(64))
+    assert len(stages) == 16
+    assert {61, 62, 63} <= set(stages[-1])
 
 
 def test_no_more_is_in_flight_than_there_is():

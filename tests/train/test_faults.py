@@ -76,9 +76,10 @@ def wait_for_state(folder: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
-def test_a_run_whose_rank_is_killed_says_so_begins_again_and_ends_as_if_nothing_had_been(tmp_path):
-    folder = tmp_path / "killed"
-    with torchrun(a_run(), folder, "--max-restarts", "1") as process:
+@pytest.mark.parametrize("layout", ["fsdp=2,ep=2", "pp=2"])
+def test_a_run_whose_rank_is_killed_says_so_begins_again_and_ends_as_if_nothing_had_been(tmp_path, layout):
+    folder, layout = tmp_path / "killed", ParallelConfig.parse(layout)
+    with torchrun(a_run(parallel=layout), folder, "--max-restarts", "1") as process:
         wait_for_state(folder, process)
         os.kill(process_of_rank(1, folder), signal.SIGKILL)
         killed = time.monotonic()
@@ -88,7 +89,7 @@ def test_a_run_whose_rank_is_killed_says_so_begins_again_and_ends_as_if_nothing_
     assert len(re.findall("rank 1 of the run ended without a word .*; rank 0 noticed", told)) == 1, told
     assert "goes on from the last saved state" in told
     assert out.strip() == str(folder / "model")
-    on_ranks(2, run, a_run(), tmp_path / "whole")
+    on_ranks(2, run, a_run(parallel=layout), tmp_path / "whole")
     weights = "model/model.safetensors"
     assert (folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     assert losses(folder) == losses(tmp_path / "whole")
@@ -166,8 +167,9 @@ def poisoned(config: TrainConfig, folder: Path) -> str:
     return "nothing"
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path):
-    told = on_ranks(2, poisoned, a_run(), tmp_path / "run")
+@pytest.mark.parametrize("layout", ["fsdp=2,ep=2", "pp=2", "tp=2"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path, layout):
+    told = on_ranks(2, poisoned, a_run(parallel=ParallelConfig.parse(layout)), tmp_path / "run")
     assert sorted(text.split(":")[0] for text in told) == ["NumericsError", "PeerError"]
     assert "update 3 stopped before changing any weight" in told[0]
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

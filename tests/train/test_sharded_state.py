@@ -11,12 +11,11 @@ import torch
 from benthic.config.parallel import ParallelConfig
 from benthic.config.train import CheckpointConfig, EvaluationConfig, TrainConfig
 from benthic.errors import BenthicError
-from benthic.parallel.placement import local, part, parts
+from benthic.parallel.placement import part
 from benthic.parallel.world import joined
 from benthic.train import sharded_state
 from benthic.train import trainer as trainer_module
-from benthic.train.distributed import build_model
-from benthic.train.first_weights import set_first_weights
+from benthic.train.distributed import stage_layers
 from benthic.train.folder import RunFolder
 from benthic.train.run import run
 from benthic.train.trainer import Trainer
@@ -26,13 +25,14 @@ from tests.train.small import small_model, small_run
 pytestmark = pytest.mark.slow
 
 UPDATES = 3
+STAGES = "fsdp=2,zero=1,ep=2,pp=2,schedule=zbv"
 
 
 def a_run(layout: str, steps: int = UPDATES) -> TrainConfig:
     # A vocabulary and widths that do not come out even over ranks: some hold less, some nothing.
     return small_run(
         steps=steps,
-        model=small_model(vocab_size=322, hidden_size=36, moe_intermediate_size=12),
+        model=small_model(num_hidden_layers=3, vocab_size=322, hidden_size=36, moe_intermediate_size=12),
         batch={"sequences": 4, "micro_sequences": 1},
         evaluation=EvaluationConfig(every=100, max_tokens=100, final_max_tokens=100),
         checkpoint=CheckpointConfig(every=UPDATES, keep=None, asynchronous=bool(layout)),
@@ -45,22 +45,38 @@ def train(config: TrainConfig, folder: Path, resume: bool = False) -> None:
     run(config, folder, resume)
 
 
-def restored(config: TrainConfig, folder: Path) -> dict[str, tuple[tuple[slice, ...], torch.Tensor]]:
+Blocks = dict[str, tuple[tuple[slice, ...], torch.Tensor]]
+
+
+def restored(config: TrainConfig, folder: Path) -> Blocks:
     """The blocks that a rank of this layout holds after reading the newest state, and where they lie."""
-    with joined(config.parallel, config.model, torch.device("cpu")) as world:
+    with joined(config.parallel, config.model, torch.device("cpu"), stage_layers(config)) as world:
         trainer = Trainer(config, RunFolder(folder), world)
         trainer.restore()
-        found = trainer.weights() | trainer.optimizer.moments()
-        found |= {f"average.{name}": one for name, one in trainer.average.tensors.items()}
-        rows = trainer._states
-        return {name: (part(rows._row(name.removeprefix("average.")), world).block, one) for name, one in found.items()}
+        return blocks_of(trainer)
+
+
+def first_weights(config: TrainConfig, folder: Path) -> Blocks:
+    """Those that it begins with."""
+    with joined(config.parallel, config.model, torch.device("cpu"), stage_layers(config)) as world:
+        with world.leader_first():
+            folder.mkdir(exist_ok=True)
+        return blocks_of(Trainer(config, RunFolder(folder), world))
+
+
+def blocks_of(trainer: Trainer) -> Blocks:
+    found = trainer.weights() | trainer.optimizer.moments()
+    found |= {f"average.{name}": one for name, one in trainer.average.tensors.items()}
+    rows = trainer._states
+    place = {name: part(rows._row(name.removeprefix("average.")), trainer.world).block for name in found}
+    return {name: (place[name], one.clone()) for name, one in found.items()}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Runs saved by layouts, and the blocks of each on one process, which are the wholes."""
     made = {}
-    for layout, ranks in (("", 1), ("fsdp=4,ep=2", 4), ("fsdp=2,tp=2", 4)):
+    for layout, ranks in (("", 1), ("fsdp=4,ep=2", 4), (STAGES, 4), ("fsdp=2,tp=2", 4)):
         folder = tmp_path_factory.mktemp("saved") / "run"
         on_ranks(ranks, train, a_run(layout), folder)
         made[layout] = folder, {name: one for name, (_, one) in on_ranks(1, restored, a_run(""), folder)[0].items()}
@@ -78,6 +94,10 @@ def saved(tmp_path_factory):
         ("fsdp=4,ep=2", 4, "dp=4"),
         ("fsdp=4,ep=2", 4, "cp=2,tp=2,ep=2"),
         ("fsdp=2,tp=2", 2, "fsdp=2,ep=2"),
+        ("", 2, "pp=2"),
+        ("fsdp=4,ep=2", 4, "pp=4"),
+        (STAGES, 2, "fsdp=2"),
+        (STAGES, 2, "pp=2,schedule=interleaved,vp=2"),
     ],
 )
 def test_another_layout_reads_the_same_bits(saved, before, ranks, after):
@@ -97,17 +117,50 @@ def test_what_is_cut_two_ways_is_put_together_as_it_was(saved):
         torch.testing.assert_close(cut[name], one, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("before", "after"), [("", "fsdp=2,ep=2"), ("", "tp=2"), ("fsdp=2,tp=2", "cp=2,ep=2")])
-def test_a_run_goes_on_under_another_layout_as_it_would_have_alone(tmp_path, saved, before, after):
-    alone, spread = tmp_path / "alone", tmp_path / "spread"
-    for folder in (alone, spread):
-        shutil.copytree(saved[before][0], folder)
-    on_ranks(1, train, a_run("", 6), alone, True)
-    on_ranks(2, train, a_run(after, 6), spread, True)
-    ends = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]) for folder in (alone, spread)]
-    assert ends[0]["step"] == ends[1]["step"] == 6
+def test_a_run_goes_on_under_another_layout_as_it_would_have_alone(tmp_path, saved):
+    layouts = {"spread": "fsdp=2,ep=2", "staged": "pp=2", "cut": "tp=2", "stretched": "cp=2,ep=2"}
+    for name in ("alone", *layouts):
+        shutil.copytree(saved[""][0], tmp_path / name)
+    on_ranks(1, train, a_run("", 6), tmp_path / "alone", True)
+    expected = last_row(tmp_path / "alone")
+    for name, layout in layouts.items():
+        on_ranks(2, train, a_run(layout, 6), tmp_path / name, True)
+        found = last_row(tmp_path / name)
+        assert found["step"] == expected["step"] == 6
+        assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5), name
+        assert found["max_violation_global"] == expected["max_violation_global"], name
+
+
+@pytest.mark.parametrize("layout", [STAGES, "fsdp=2,tp=2"])
+def test_a_run_of_stages_or_of_pieces_goes_on_alone_as_it_would_have(tmp_path, saved, layout):
+    ends = []
+    for name, here, ranks in (("spread", layout, 4), ("alone", "", 1)):
+        shutil.copytree(saved[layout][0], tmp_path / name)
+        on_ranks(ranks, train, a_run(here, 5), tmp_path / name, True)
+        ends.append(last_row(tmp_path / name))
     assert ends[1]["val_loss"] == pytest.approx(ends[0]["val_loss"], rel=1e-5)
-    assert ends[1]["max_violation_global"] == ends[0]["max_violation_global"]
+    assert ends[1]["ema_val_loss"] == pytest.approx(ends[0]["ema_val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, "pp=2,schedule=zbv"), (3, "fsdp=3"), (4, "fsdp=4,ep=2"), (4, "cp=2,tp=2,ep=2")]
+)
+def test_a_run_begins_with_another_model_s_weights_on_any_layout(tmp_path, saved, ranks, layout):
+    source = saved[""][0] / "model"
+
+    def begun(layout: str) -> TrainConfig:
+        config = a_run(layout)
+        data = config.data.replace(tokenizer=str(source))
+        return config.replace(data=data, start_from=str(source))
+
+    (whole,) = on_ranks(1, first_weights, begun(""), tmp_path / "alone")
+    for blocks in on_ranks(ranks, first_weights, begun(layout), tmp_path / "run"):
+        for name, (block, one) in blocks.items():
+            assert torch.equal(one, whole[name][1][block]), name
+
+
+def last_row(folder: Path) -> dict:
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def test_a_finished_run_of_one_process_is_exported_by_several(tmp_path, saved):
@@ -117,27 +170,6 @@ def test_a_finished_run_of_one_process_is_exported_by_several(tmp_path, saved):
     shutil.rmtree(folder / "model")
     on_ranks(2, train, a_run("fsdp=2"), folder, True)
     assert (folder / "model" / "model.safetensors").read_bytes() == written
-
-
-def begun(config: TrainConfig) -> dict[str, tuple[tuple[slice, ...], torch.Tensor]]:
-    """The blocks that a rank begins with, and where they lie."""
-    with joined(config.parallel, config.model, torch.device("cpu")) as world:
-        model = build_model(config, world, torch.device("cpu"))
-        set_first_weights(model, config, world)
-        tensors = (*model.named_parameters(), *model.named_buffers())
-        held = parts(config.model, world)
-        return {name: (held[name].block, local(one).detach().clone()) for name, one in tensors}
-
-
-@pytest.mark.parametrize("layout", ["fsdp=2,tp=2", "cp=2,tp=2,ep=2"])
-def test_ranks_begin_with_their_blocks_of_another_models_folder(saved, layout):
-    folder = str(saved[""][0] / "model")
-    data = a_run("").data.replace(tokenizer=folder)
-    (wholes,) = on_ranks(1, begun, a_run("").replace(start_from=folder, data=data))
-    for blocks in on_ranks(4, begun, a_run(layout).replace(start_from=folder, data=data)):
-        assert blocks.keys() == wholes.keys()
-        for name, (block, one) in blocks.items():
-            assert torch.equal(one, wholes[name][1][block]), name
 
 
 def lost_in_reading(config: TrainConfig, folder: Path) -> str:

@@ -7,7 +7,7 @@ from benthic.errors import ConfigError, NumericsError
 from benthic.parallel.placement import Part
 from benthic.train import simulation
 from benthic.train.simulation import exchange, simulate
-from tests.train.small import small_run
+from tests.train.small import small_model, small_run
 
 
 def a_run(layout: str):
@@ -25,6 +25,17 @@ def test_a_layout_that_holds_is_described_in_numbers(layout):
     assert "are made up by their blocks exactly" in told[1]
     assert "built by FSDP hold the blocks they should" in told[2]
     assert ("every send has its receive" in told[-1]) == ("ep=" in layout)
+
+
+@pytest.mark.parametrize("layout", ["pp=2", "fsdp=4,zero=1,ep=4,pp=2,schedule=interleaved,vp=2", "pp=2,schedule=zbv"])
+def test_a_pipeline_s_layout_that_holds_is_described_in_numbers(layout):
+    config = a_run(layout).replace(model=small_model(num_hidden_layers=5))
+    told = list(simulate(config))
+    assert told[1].startswith("stages: layers 0-")
+    assert told[1].endswith("-5")
+    assert "are made up by their blocks exactly" in told[2]
+    assert "built by FSDP hold the blocks they should" in told[3]
+    assert told[4].startswith("memory: what updates need")
 
 
 def test_blocks_that_leave_a_gap_are_found(monkeypatch):
