@@ -199,14 +199,16 @@ def _arm_beside(row: dict[str, Any]) -> str:
 
 def _fp8_loss(result: dict[str, Any]) -> Iterator[str]:
     """The smoothed loss of each FP8 run beside bf16's: the mean difference over the last tenth of the updates."""
-    machine, found = result["machine"], result["summary"]
-    where = f"{result.get('gpu', 'CPU')}, torch {machine['versions']['torch']}"
-    for arm, row in found.items():
+    found = result["summary"]
+    names = {"float8": "in FP8", "blocks": "in FP8, gradients by 128 x 128", "again": "in bf16, one bit changed"}
+    for arm in names:
+        row = found.get(arm, {})
         if "mean_difference_of_last_tenth_percent" not in row:
             continue
-        blocks = ", gradients by 128 x 128" if arm == "blocks" else ""
+        machine, gpu = result["arms"][arm]["machine"], result["arms"][arm].get("gpu", "CPU")
+        where = f"{gpu}, torch {machine['versions']['torch']}"
         yield _row(
-            f"loss after {row['updates']:,} updates of 0.56 B parameters in FP8{blocks}",
+            f"loss after {row['updates']:,} updates of 0.55 B parameters {names[arm]}",
             f"{row['last_smoothed_loss']:.4f}",
             f"bf16: {found['bfloat16']['last_smoothed_loss']:.4f}",
             f"{row['mean_difference_of_last_tenth_percent']:+.3f}% over the last tenth",

@@ -114,7 +114,7 @@ def exchange_rate(config: TrainConfig, world: World, kind: str) -> dict[str, flo
     choices = config.batch.micro_sequences * config.data.sequence_length * config.model.num_experts_per_tok
     piece = choices // ranks
     rows = torch.zeros(piece * ranks, config.model.hidden_size, dtype=torch.bfloat16, device=world.device)
-    splits = Splits(group, [piece] * ranks, [piece] * ranks, torch.empty(0))
+    splits = Splits(group, [piece] * ranks, [piece] * ranks, piece * ranks)
     with torch.no_grad():
         for _ in range(3):
             exchanged(rows, splits)

@@ -48,3 +48,12 @@ def write_atomic(path: Path, content: str | bytes, kind: type[BenthicError] = Ru
     """Write `content` (text as UTF-8) under `path`, whole or not at all."""
     with atomic_file(path, kind) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def sync(path: Path) -> None:
+    """Push a file, or a folder's list of names, to the disk, so that it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benthic.checkpoint.folder import INCOMING, INDEX, WEIGHTS, checkpoint_files
 from benthic.errors import CapacityError, CheckpointError
-from benthic.files import write_failure
+from benthic.files import sync, write_failure
 
 
 @contextmanager
@@ -48,13 +48,13 @@ def staged(folder: Path, num_bytes: int) -> Iterator[Path]:
     try:
         with storage_errors(folder):
             yield stage
-            sync_folder(stage)
+            sync(stage)
             if is_update:
                 os.rename(stage, folder / INCOMING)
                 _move_into_place(folder)
             else:
                 os.rename(stage, folder)
-            sync_folder(folder.parent)
+            sync(folder.parent)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
@@ -71,15 +71,6 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise write_failure(folder, error, CheckpointError) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _move_into_place(folder: Path) -> None:
     """Move what `.incoming` still holds; also finishes a move that was cut off.
 
@@ -94,7 +85,7 @@ def _move_into_place(folder: Path) -> None:
         for name in checkpoint_files(folder) - _current_files(incoming / last):
             (folder / name).unlink()
         os.replace(incoming / last, folder / last)
-    sync_folder(folder)
+    sync(folder)
     incoming.rmdir()
 
 

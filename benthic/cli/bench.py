@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benthic.cli.api_key import add_key_options, read_key
 from benthic.errors import ConfigError
 from benthic.files import write_atomic
 
@@ -70,10 +71,41 @@ def make_parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--acceptance", type=float, help="pretend that this share of drafts is right: random weights' are not"
     )
-    for one in (kernels, train, decode):
+    serve = benchmarks.add_parser(
+        "serve", allow_abbrev=False, help="a server under load, timed as vllm bench serve does it"
+    )
+    _add_serve_options(serve)
+    for one in (kernels, train, decode, serve):
         one.add_argument("--output", type=Path, metavar="FILE", help="keep the result as JSON")
         one.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
+
+
+def _add_serve_options(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--url", required=True, help="an OpenAI-compatible server, such as http://127.0.0.1:8000")
+    serve.add_argument("--model", required=True, help="its folder, its preset's name, or the server's name for it")
+    for name, what in (
+        ("vocabulary", "token ids of prompts are below this (default: the model's)"),
+        ("requests", "how many (default 100)"),
+        ("concurrency", "at most so many on their way at once (default: no bound)"),
+        ("prompt-tokens", "of each (default 512)"),
+        ("new-tokens", "of each answer (default 128)"),
+        ("warm-up", "requests before those measured (default 1)"),
+        ("seed", "of prompts and arrivals (default 0)"),
+    ):
+        serve.add_argument(f"--{name}", type=int, help=what)
+    serve.add_argument("--rate", type=float, help="requests a second, Poisson (default: all at once)")
+    serve.add_argument("--temperature", type=float, help="default 0")
+    serve.add_argument("--request-seconds", type=float, help="an answer that takes longer failed (default 600)")
+    serve.add_argument(
+        "--goodput", nargs="+", type=_bound, metavar="NAME:MS", help="count requests that keep ttft, tpot, e2el bounds"
+    )
+    add_key_options(serve)
+
+
+def _bound(text: str) -> tuple[str, float]:
+    name, _, milliseconds = text.partition(":")
+    return name, float(milliseconds)
 
 
 def main(arguments: list[str]) -> int:
@@ -131,7 +163,15 @@ def _train_gpu(benchmark: Any, options: argparse.Namespace) -> dict[str, Any]:
     return benchmark.measure(benchmark.Options(**_given(benchmark.Options, options)), options.output, options.add)
 
 
-RUNS = {"decode": _decode, "kernels": _kernels, "train": _train, "train_gpu": _train_gpu}
+def _serve(benchmark: Any, options: argparse.Namespace) -> dict[str, Any]:
+    given = _given(benchmark.Workload, options)
+    workload = benchmark.Workload(**(given | {"goodput": dict(given.get("goodput", ()))}))
+    result = benchmark.measure(workload, read_key(options))
+    _keep(result, options.output)
+    return result
+
+
+RUNS = {"decode": _decode, "kernels": _kernels, "serve": _serve, "train": _train, "train_gpu": _train_gpu}
 
 
 def _given(settings: Any, options: argparse.Namespace) -> dict[str, Any]:

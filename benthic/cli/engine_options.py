@@ -21,14 +21,17 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message, hint=f"{self.prog} --help lists what is allowed")
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, folder_is_needed: bool = True) -> None:
     """The folder, the device and speculation."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, weights and tokenizer.json")
+    nargs = None if folder_is_needed else "?"
+    parser.add_argument(
+        "folder", type=Path, nargs=nargs, metavar="FOLDER", help="config.json, weights and tokenizer.json"
+    )
     parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
     parser.add_argument("--speculative", action="store_true", help="draft tokens with the model's prediction layers")
 
 
-_SAMPLING: dict[str, tuple[type, str]] = {
+SAMPLING: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "most tokens of an answer"),
     "temperature": (float, "0 takes the likeliest token (default 1)"),
     "top_k": (int, "draw among the k likeliest tokens (default 0: all)"),
@@ -47,7 +50,7 @@ _SAMPLING: dict[str, tuple[type, str]] = {
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options named as the fields of SamplingParams."""
-    for name, (kind, text) in _SAMPLING.items():
+    for name, (kind, text) in SAMPLING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.add_argument("--stop", action="append", help="end before this text; may be given again")
 
@@ -56,7 +59,7 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
     """What the options ask for; the rest as SamplingParams has it."""
     from benthic.model.sampling import SamplingParams
 
-    given = {name: getattr(options, name) for name in (*_SAMPLING, "stop")}
+    given = {name: getattr(options, name) for name in (*SAMPLING, "stop")}
     return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -16,7 +16,7 @@ COMMANDS = {
     "train": "pretraining and context extension from a recipe; --resume",
     "generate": "text from a model folder, on the terminal or from file to file",
     "serve": "an OpenAI-compatible server on 127.0.0.1:8000",
-    "chat": "a conversation with a model folder, on the terminal",
+    "chat": "a conversation on the terminal, with a model folder or a server (--url)",
     "convert": "checkpoints: fp8 <-> bf16, sharded <-> one file",
     "inspect": "a checkpoint's names, shapes, sizes, hashes and faults",
     "bench": "training and kernels beside their peers, in the same run",

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from benthic.config.engine import EngineConfig
-from benthic.errors import CapacityError, RequestError
+from benthic.errors import CapacityError, ConfigError, RequestError
 from benthic.inference.admission import Admission, Prompt, Wish
 from benthic.inference.answer import Answer
 from benthic.inference.blocks import BlockPool
 from benthic.inference.completion import Completion, Event
 from benthic.inference.drawing import Drawn, draw_works
+from benthic.inference.expert_load import ExpertLoad
 from benthic.inference.pace import Pace
 from benthic.inference.pretrained import load_model
 from benthic.inference.records import keep_prompt_logprobs, keep_routes
@@ -58,6 +59,10 @@ class Engine:
             if tokenizer is None and (folder / TOKENIZER_FILE).is_file():
                 tokenizer = Tokenizer.from_folder(folder)
             model = load_model(folder, device, dtype)
+        elif model.head_weight.is_meta:
+            raise ConfigError(
+                "the model is on device 'meta', which holds no weights", hint="load it on 'cpu' or 'cuda'"
+            )
         self.model, self.tokenizer = model.eval(), tokenizer
         self.settings = settings or EngineConfig()
         self._draft_tokens = self._choose_draft_tokens(speculative)
@@ -68,6 +73,7 @@ class Engine:
         self.runner = Runner(model, self.settings, blocks, bool(drafts))
         self._pace = Pace(judges=not self.settings.always_draft)
         self._drafter = Drafter(self.runner, blocks, self._pace) if drafts else None
+        self.expert_load = ExpertLoad(model.config, weight.device)
         self._admission = Admission(model, tokenizer, self.scheduler, self.settings)
         self._answers: dict[int, tuple[Request, Answer]] = {}
         self._statistics = Statistics(blocks=blocks)
@@ -179,6 +185,7 @@ class Engine:
             self._make_room(error)
             return []
         self._statistics.steps += 1
+        self.expert_load.add(computed.routing, computed.rows[-1].stop)
         events, news = [], []
         for work, rows, tokens in zip(works, computed.rows, drawn, strict=True):
             request, start = work.request, work.request.computed
@@ -188,15 +195,26 @@ class Engine:
                 event = self._fail(request, error)
             if event is not None:
                 events.append(event)
-            if self._drafter is not None and request.status is Status.RUNNING:
-                wanted = min(self._draft_tokens, request.tokens_left - 1) if tokens else 0
+            if self._drafter is not None and self._is_followed(request, start):
+                wanted = min(self._draft_tokens, request.tokens_left - 1) if tokens and not request.has_ended else 0
                 news.append(News(request, start, request.computed - start, rows.start, wanted))
-        if self._drafter is not None:
-            main = time.perf_counter() - begun
-            self._follow(self._drafter, news, computed)
-            tokens = sum(len(event.token_ids) for event in events)
-            self._pace.note(works, tokens, main, time.perf_counter() - begun)
+        try:
+            if self._drafter is not None:
+                main = time.perf_counter() - begun
+                told = {event.request_id for event in events}
+                failed = self._follow(self._drafter, news, computed)
+                events += [event for event in failed if event.request_id not in told]
+                tokens = sum(len(event.token_ids) for event in events)
+                self._pace.note(works, tokens, main, time.perf_counter() - begun)
+        finally:
+            for work in works:
+                if work.request.has_ended:
+                    self.scheduler.finish(work.request)
         return events
+
+    def fail_running(self, error: Exception) -> list[Event]:
+        """End all that runs, after a step raised `error` and nothing says whose fault it was; those who wait go on."""
+        return [self._fail(request, error) for request in list(self.scheduler.running)]
 
     def forget_prefixes(self) -> None:
         """Let no new request find blocks of before: the model's weights changed."""
@@ -208,17 +226,29 @@ class Engine:
         queued = {request.id for request in (*self.scheduler.waiting, *self.scheduler.running)}
         assert queued == set(self._answers), "a request is lost"
 
-    def _follow(self, drafter: Drafter, news: list[News], computed: Computed) -> None:
+    def _is_followed(self, request: Request, start: int) -> bool:
+        """Whether the prediction layers go along with what a step computed from `start` on: of an answer that ended
+        only where it fills a block, which others may find."""
+        size = self.settings.block_size
+        return request.status is Status.RUNNING and (not request.has_ended or request.computed // size > start // size)
+
+    def _follow(self, drafter: Drafter, news: list[News], computed: Computed) -> list[Event]:
+        """Let the prediction layers see the step too. Returns the ends of answers that a fault in them cost."""
         try:
             drafter.follow(news, computed.hidden)
         except BaseException as error:
             # Rows of layers that stopped half-way cannot be relied on; what was drawn stays.
             self.forget_prefixes()
-            for one in news:
+            going_on = [one for one in news if not one.request.has_ended]
+            for one in going_on:
                 self.scheduler.put_back(one.request)
-            if not isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError):
+                self._make_room(error)
+            elif isinstance(error, Exception) and not isinstance(error, torch.AcceleratorError):
+                return [self._fail(one.request, error) for one in going_on]
+            else:
                 raise
-            self._make_room(error)
+        return []
 
     def _make_room(self, error: torch.OutOfMemoryError) -> None:
         """What the step did not keep is left to smaller ones."""
@@ -251,9 +281,10 @@ class Engine:
         before, right = len(request.completion.token_ids), 0
         for place, one in enumerate(drawn):
             answer.take(one)
-            if request.completion.finish_reason is not None:
+            if one.token is not None:
+                request.tokens.append(one.token)
+            if request.has_ended:
                 break
-            request.tokens.append(request.sampler.drawn[-1])
             # A draft is right where plain decoding draws it too: then the logits behind it count.
             if place == len(drafts) or one.token != drafts[place]:
                 break
@@ -262,18 +293,20 @@ class Engine:
         request.completion.accepted_tokens += right
         if request.params.routed_experts:
             keep_routes(request, computed.routing, slice(rows.start, rows.start + count + right))
-        if request.completion.finish_reason is not None:
-            self.scheduler.finish(request)
+        if request.completion.finish_reason == "error":
+            self.scheduler.finish(request)  # its rows may be no numbers: nobody shall find them
+        else:
+            # Rows of an answer that ends are found by others too: its blocks stay until the step is over.
+            self.scheduler.computed(request, count + right)
+        if request.has_ended:
             del self._answers[request.id]
             self._statistics.add(request.completion)
-        else:
-            self.scheduler.computed(request, count + right)
-            if not drawn:
-                return None
+        elif not drawn:
+            return None
         return Event(request.id, tuple(request.completion.token_ids[before:]), answer.news(), request.completion)
 
     def _fail(self, request: Request, error: Exception) -> Event:
-        """A request whose answer cannot be written, by a fault in a tokenizer or a form: the others go on."""
+        """End a request whose answer cannot be computed or written, by a fault in a model, a tokenizer or a form."""
         logger.error("engine: request %d failed", request.id, exc_info=error)
         completion = request.completion
         completion.finish_reason, completion.error = "error", f"{type(error).__name__}: {error}"

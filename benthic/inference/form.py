@@ -35,6 +35,7 @@ class Form:
 
     def __init__(self, matcher: llguidance.LLMatcher, vocabulary: int, spelled: int) -> None:
         self._matcher, self._vocabulary, self._spelled = matcher, vocabulary, spelled
+        self._fault = ""
 
     @property
     def is_complete(self) -> bool:
@@ -48,7 +49,7 @@ class Form:
     @property
     def error(self) -> str:
         """Why the form cannot be followed any further; empty as long as it can."""
-        return self._matcher.get_error().partition("\n")[0]
+        return self._fault or self._matcher.get_error().partition("\n")[0]
 
     def copy(self) -> Form:
         """The same form at the same place, for another answer."""
@@ -59,7 +60,17 @@ class Form:
         self._matcher.consume_token(token)
 
     def allowed(self, drafts: Sequence[int] = ()) -> list[Tensor | None]:
-        """Which tokens bool [V] may come next, and behind each of `drafts`; None behind one that may not come."""
+        """Which tokens bool [V] may come next, and behind each of `drafts`; None behind one that may not come.
+
+        A fault of the matcher is this form's `error`: it costs no other answer of the step.
+        """
+        try:
+            return self._masks(drafts)
+        except Exception as error:
+            self._fault = f"{type(error).__name__}: {error}"
+            return [None] * (1 + len(drafts))
+
+    def _masks(self, drafts: Sequence[int]) -> list[Tensor | None]:
         # On a copy: a form that fails behind a draft cannot step back, and the draft may be wrong.
         ahead, masks = (self.copy() if drafts else self), [self._mask()]
         for draft in drafts:

@@ -58,10 +58,16 @@ def save_model(
 
 
 def _device(name: str | torch.device) -> torch.device:
+    hint = "use 'cpu', 'cuda' or 'cuda:1'"
+    if not isinstance(name, str | torch.device):
+        raise ConfigError(f"device is {name!r}; it must be the name of one", hint=hint)
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}: {error}", hint="use 'cpu', 'cuda' or 'cuda:1'") from None
+        raise ConfigError(f"device is {name!r}: {error}", hint=hint) from None
+    if device.type == "meta":
+        raise ConfigError("device is 'meta', which holds no weights to compute with", hint=hint)
+    return device
 
 
 def _refuse_small_device(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:

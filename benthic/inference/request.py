@@ -70,6 +70,11 @@ class Request:
         return self.params.max_tokens - (len(self.tokens) - self.prompt_length)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether its answer is complete, or failed."""
+        return self.completion.finish_reason is not None
+
+    @property
     def is_decoding(self) -> bool:
         """Whether all but the last token have been seen, and that one was drawn."""
         return self.remaining == 1 and len(self.tokens) > self.prompt_length

@@ -74,7 +74,7 @@ def _forward(
 ):  # fmt: skip
     position, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     token = sequence * tl.num_programs(0) + position
-    h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)[:, None]
+    h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)[:, None].to(tl.int64)  # heads may be the outermost dimension
     c = tl.arange(0, OWN)[None, :]
     own = (h < H) & (c < N)
     query += sequence * query_batch + position * query_position + h * query_head
@@ -115,7 +115,7 @@ def _backward(
     first_sum, second_sum = tl.zeros((HEADS, BLOCK), tl.float32), tl.zeros((HEADS, BLOCK), tl.float32)
     c, v = tl.arange(0, OWN)[None, :], tl.arange(0, VALUES)[None, :]
     for start in range(0, H, HEADS):  # one program a token, so that the sum over heads has one order
-        h = start + tl.arange(0, HEADS)[:, None]
+        h = start + tl.arange(0, HEADS)[:, None].to(tl.int64)
         inside = h < H
         own, valued = inside & (c < N), inside & (v < V)
         plain_query = tl.load(grad_query + h * query_head + c, mask=own, other=0.0)

@@ -28,7 +28,7 @@ def quantise_rows(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
     values = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scales = x.new_empty((triton.cdiv(columns, BLOCK), rows), dtype=torch.float32)
     if x.numel():
-        grid = (triton.cdiv(columns, BLOCK), triton.cdiv(rows, 16))
+        grid = (triton.cdiv(columns, BLOCK) * triton.cdiv(rows, 16),)  # other dimensions end at 65,535
         _rows[grid](x, values, scales, rows, columns, power_of_two, ROWS=16, num_warps=4)
     return values, scales
 
@@ -115,15 +115,16 @@ def _scale(amax, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def _rows(x, values, scales, T, C, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr):
-    block = tl.program_id(0)
-    t = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    across = tl.cdiv(C, 128)
+    block = tl.program_id(0) % across
+    t = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = block * 128 + tl.arange(0, 128)
     inside = (t < T)[:, None] & (c < C)[None, :]
     at = t[:, None] * C + c[None, :]
     loaded = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)  # [ROWS, 128]
     scale = _scale(tl.max(tl.abs(loaded), 1), POWER_OF_TWO)
     tl.store(values + at, (loaded * (1.0 / scale)[:, None]).to(tl.float8e4nv), mask=inside)
-    tl.store(scales + block * T + t, scale, mask=t < T)
+    tl.store(scales + block.to(tl.int64) * T + t, scale, mask=t < T)
 
 
 @triton.jit
@@ -131,8 +132,8 @@ def _weights(
     weight, values, scales, transposed, transposed_scales, R, C, POWER_OF_TWO: tl.constexpr, TRANSPOSE: tl.constexpr
 ):
     expert = tl.program_id(2).to(tl.int64)
-    r = tl.program_id(1) * 128 + tl.arange(0, 128)
-    c = tl.program_id(0) * 128 + tl.arange(0, 128)
+    r = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)
+    c = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
     inside = (r < R)[:, None] & (c < C)[None, :]
     at = expert * R * C + r[:, None] * C + c[None, :]
     loaded = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)  # [128, 128]

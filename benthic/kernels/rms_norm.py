@@ -113,7 +113,8 @@ def _forward(
         rounded = values.to(total.dtype.element_ty)  # what the next layer reads is what is normalised
         tl.store(total + row * WIDTH + c, rounded, mask=inside)
         values = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(values * values, 1) / WIDTH + eps)
+    mean = (tl.sum(values * values, 1) / WIDTH + eps).to(tl.float32)  # torch.compile passes eps as float64
+    scale = tl.rsqrt(mean)
     tl.store(inverse + t, scale, mask=t < T)
     tl.store(normed + row * WIDTH + c, (values * scale[:, None] * gain).to(normed.dtype.element_ty), mask=inside)
 

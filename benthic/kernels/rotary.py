@@ -84,7 +84,7 @@ def _rotary(
 ):  # fmt: skip
     position, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     token = sequence * tl.num_programs(0) + position
-    h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)[:, None]
+    h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)[:, None].to(tl.int64)  # heads may be the outermost dimension
     source = x + sequence * batch_stride + position * position_stride + h * head_stride
     first, second = load_pairs(source, h < H, PAIRS, BLOCK, HEADS, INTERLEAVED)
     cosine, sine = load_rotation(rotations, position, PAIRS, BLOCK, INVERSE)

@@ -119,7 +119,8 @@ def _forward(
     at = t[:, None].to(tl.int64) * K + k[None, :]
     inside = (t < T)[:, None] & (k < K)[None, :]
     tl.store(picked + at, expert.to(tl.int64), mask=inside)
-    tl.store(weights + at, weight * scale, mask=inside)
+    # torch.compile passes Python's floats as float64.
+    tl.store(weights + at, (weight * scale).to(tl.float32), mask=inside)
 
 
 @triton.jit
@@ -141,7 +142,8 @@ def _backward(
     if grad_weights is not None:
         chosen = (t < T)[:, None] & (k < K)[None, :]
         expert = tl.load(picked + row * K + k[None, :], mask=chosen, other=0).to(tl.int32)
-        grad_value = tl.load(grad_weights + row * K + k[None, :], mask=chosen, other=0.0) * scale  # [TOKENS, CHOSEN]
+        grad_value = tl.load(grad_weights + row * K + k[None, :], mask=chosen, other=0.0)  # [TOKENS, CHOSEN]
+        grad_value = (grad_value * scale).to(tl.float32)
         if NORMALISE:
             value = tl.load(scores + row * E + expert, mask=chosen, other=0.0)
             total = (tl.sum(value, 1) + 1e-20)[:, None]

@@ -28,7 +28,7 @@ def swiglu_quantised(hidden: Tensor, weights: Tensor | None) -> tuple[Tensor, Te
     kept = hidden.new_empty((rows, 2 * channels), dtype=torch.float8_e4m3fn)
     kept_scales = hidden.new_empty((2 * blocks, rows), dtype=torch.float32)
     if rows:
-        _forward[(blocks, triton.cdiv(rows, TOKENS))](
+        _forward[(blocks * triton.cdiv(rows, TOKENS),)](
             hidden, weights, values, scales, kept, kept_scales, rows, channels,
             WEIGHTED=weights is not None, TOKENS=TOKENS, num_warps=4,
         )  # fmt: skip
@@ -54,7 +54,7 @@ def swiglu_gradient_quantised(
     hidden_scales = gradient.new_empty((2 * blocks, rows), dtype=torch.float32)
     parts = None if weights is None else gradient.new_empty((blocks, rows), dtype=torch.float32)
     if rows:
-        _backward[(blocks, triton.cdiv(rows, TOKENS))](
+        _backward[(blocks * triton.cdiv(rows, TOKENS),)](
             gradient, kept, kept_scales, weights, hidden, hidden_scales, values, scales, parts, rows, channels,
             WEIGHTED=weights is not None, WHOLE=whole, TOKENS=TOKENS, num_warps=4,
         )  # fmt: skip
@@ -84,9 +84,11 @@ def _quantise(x, values, at, scales, inside, valid):
 def _forward(
     hidden, weights, values, scales, kept, kept_scales, T, F, WEIGHTED: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
-    block = tl.program_id(0)
-    t = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    blocks = tl.cdiv(F, 128)
+    block = tl.program_id(0) % blocks
+    t = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     f = block * 128 + tl.arange(0, 128)
+    block = block.to(tl.int64)  # scales of many tokens are more than 2^31
     valid = t < T
     inside = valid[:, None] & (f < F)[None, :]
     at = t[:, None] * (2 * F) + f[None, :]
@@ -97,7 +99,7 @@ def _forward(
         active = active * tl.load(weights + t, mask=valid, other=0.0)[:, None]
     _quantise(active, values, t[:, None] * F + f[None, :], scales + block * T + t, inside, valid)
     _quantise(gate, kept, at, kept_scales + block * T + t, inside, valid)
-    _quantise(up, kept, at + F, kept_scales + (tl.num_programs(0) + block) * T + t, inside, valid)
+    _quantise(up, kept, at + F, kept_scales + (blocks + block) * T + t, inside, valid)
 
 
 @triton.jit
@@ -105,9 +107,11 @@ def _backward(
     gradient, kept, kept_scales, weights, hidden, hidden_scales, values, scales, parts, T, F,
     WEIGHTED: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    block, blocks = tl.program_id(0), tl.num_programs(0)
-    t = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    blocks = tl.cdiv(F, 128)
+    block = tl.program_id(0) % blocks
+    t = (tl.program_id(0) // blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     f = block * 128 + tl.arange(0, 128)
+    block = block.to(tl.int64)  # scales of many tokens are more than 2^31
     valid = t < T
     inside = valid[:, None] & (f < F)[None, :]
     at, narrow = t[:, None] * (2 * F) + f[None, :], t[:, None] * F + f[None, :]

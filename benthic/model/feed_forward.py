@@ -64,9 +64,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner, device=device, dtype=dtype))
 
     def forward(self, x: Float[Tensor, "tokens width"], routing: Routing) -> Float[Tensor, "tokens width"]:
+        choices = routing.experts, routing.weights
         few = x.is_cuda and not torch.is_grad_enabled() and routing.experts.numel() <= MOST_PAIRS
-        experts = ops.few_token_experts if few else ops.routed_experts
-        return experts(x, routing.experts, routing.weights, self.gate_up_proj, self.down_proj)
+        if few and routing.count is None:
+            return ops.few_token_experts(x, *choices, self.gate_up_proj, self.down_proj)
+        return ops.routed_experts(x, *choices, self.gate_up_proj, self.down_proj, routing.count)
 
 
 class ExpertLayer(nn.Module):

@@ -6,13 +6,17 @@ embedding, output head, routers, norms, and the attention between projections; a
 which the paper does not name and the release stores in bfloat16.
 
 Modules change their class and nothing else: parameters, their names, the state dict, saving and loading stay, and the
-bfloat16 weights are what an optimiser updates. Their FP8 copies are made again when an update has changed them.
+bfloat16 weights are what an optimiser updates. Their FP8 copies are made when they are used, or once an update where
+the trainer says for how long no weight changes (`weights_unchanged`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -43,37 +47,64 @@ class Float8Report:
 
 
 class WeightCopies:
-    """The FP8 copies of some parameters, as of their last change.
+    """The FP8 copies of some parameters: made at each use, and inside `weights_unchanged` at the first alone.
 
-    torch counts changes in place (`Tensor._version`); a kernel that writes into a parameter behind torch's back has to
-    say so by `torch.autograd.graph.increment_version`. With `kept` False they are made each time.
+    Whether a parameter has changed cannot be asked of torch: edits through `.data` and what other libraries' kernels
+    write are not counted. So copies outlive a use only while someone answers for the weights.
     """
 
-    kept = True
+    may_keep = True
 
     def __init__(self) -> None:
-        self._state: tuple[tuple[int, int], ...] | None = None
+        self._keeping = False
         self._copies: Float8Weight | None = None
+        self._seen: tuple[tuple[int, int], ...] = ()
 
     def of(self, *weights: Tensor) -> Float8Weight:
-        """`float8.quantise_weight(*weights)`, made when they have changed and not before."""
-        state = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        if not self.kept:
+        """`float8.quantise_weight(*weights)`. Raises RuntimeError where kept ones are seen to be out of date."""
+        if not self._keeping:
             return float8.quantise_weight(*weights)
-        if self._copies is None or state != self._state:
-            self._copies = None  # the old ones are freed before the new ones are made
-            self._copies, self._state = float8.quantise_weight(*weights), state
+        seen = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        if self._copies is None:
+            self._copies, self._seen = float8.quantise_weight(*weights), seen
+        elif seen != self._seen:
+            raise RuntimeError("a weight was changed inside `weights_unchanged`, where its FP8 copy is in use")
         return self._copies
+
+    def keep(self, keeping: bool) -> None:
+        """Begin to keep copies, or drop them and end."""
+        self._keeping, self._copies = keeping and self.may_keep, None
+
+
+@contextmanager
+def weights_unchanged(model: nn.Module) -> Iterator[None]:
+    """Inside, nobody changes a weight of `model`: its FP8 copies are made once. A trainer enters with the first
+    micro-batch of an update and leaves before the optimiser's step. A model that is not in FP8 does not notice."""
+    found = list(_copies(model))
+    for one in found:
+        one.keep(True)
+    try:
+        yield
+    finally:
+        for one in found:
+            one.keep(False)
 
 
 def keep_no_copies(model: nn.Module) -> None:
-    """Make FP8 copies anew at each use of a weight that FSDP gathers: it does so in memory it has used before, which
-    torch counts as no change, and splits weights over ranks so that none need hold them all."""
+    """Make FP8 copies anew at each use of a weight that FSDP gathers: it splits weights over ranks so that none need
+    hold them all."""
     for module in model.modules():
-        gathered = any(isinstance(parameter, DTensor) for parameter in module.parameters())
-        for copies in (getattr(module, name, None) for name in ("copies", "down_copies")):
-            if gathered and isinstance(copies, WeightCopies):
-                copies.kept = False
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            for one in _copies_of(module):
+                one.may_keep = False
+
+
+def _copies(model: nn.Module) -> Iterator[WeightCopies]:
+    return chain.from_iterable(map(_copies_of, model.modules()))
+
+
+def _copies_of(module: nn.Module) -> Iterator[WeightCopies]:
+    return (one for one in vars(module).values() if isinstance(one, WeightCopies))
 
 
 class Float8Linear(Linear):
@@ -141,7 +172,8 @@ class Float8Experts(Experts):
     ) -> Float[Tensor, "tokens width"]:
         weights = self.gate_up_proj, self.down_proj
         gate_up, down = self.copies.of(weights[0]), self.down_copies.of(weights[1])
-        return float8.routed_experts_fp8(x, routing.experts, routing.weights, weights, gate_up, down, rows, residual)
+        choices = routing.experts, routing.weights
+        return float8.routed_experts_fp8(x, *choices, weights, gate_up, down, rows, residual, routing.count)
 
 
 class Float8ExpertLayer(ExpertLayer):

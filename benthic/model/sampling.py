@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from benthic.config.settings import Settings
@@ -40,6 +40,8 @@ class SamplingParams(Settings):
     the text to a form.
     """
 
+    model_config = ConfigDict(strict=True)  # "1" and True are no numbers
+
     max_tokens: int = Field(128, ge=1)
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
@@ -48,11 +50,11 @@ class SamplingParams(Settings):
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...], Field(max_length=64)] = ()
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...] = Field((), max_length=64, strict=False)
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field((), strict=False)
     ignore_eos: bool = False
     min_tokens: int = Field(0, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)

@@ -27,7 +27,7 @@ def adamw(
     from benthic.kernels import adamw as kernels
 
     kernels.adamw(master, gradient.contiguous(), exp_avg, exp_avg_sq, parameter, rule, clip, finite)
-    # torch counts changes in place, and copies of parameters are made again by that count.
+    # torch counts changes in place: what autograd has saved is refused by that count.
     torch.autograd.graph.increment_version([one for one in (master, parameter) if one is not None])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.errors import ConfigError
-from benthic.ops.permutation import Permutation, sort_by_expert, sum_choices, take_rows
+from benthic.ops.permutation import Permutation, by_choice, by_row, sort_by_expert, sum_choices, take_rows
 from benthic.ops.swiglu import weighted_swiglu, weighted_swiglu_backward
 
 
@@ -26,12 +26,16 @@ def routed_experts(
     weights: Float32[Tensor, "tokens chosen"],
     gate_up_proj: Float[Tensor, "experts gate_and_up width"],
     down_proj: Float[Tensor, "experts width gate_and_up//2"],
+    count: int | None = None,
 ) -> Float[Tensor, "tokens width"]:
-    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], in x's dtype.
+    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], in x's dtype. Choices of -1 are none; `count` is then how
+    many are not.
 
     `gate_up_proj` [E, 2F, D] holds gate rows, then up rows. An expert without tokens costs nothing and gets a zero
     gradient.
     """
+    if x.device.type == "cpu" and count is not None:
+        return _some_choices(x, experts, weights, gate_up_proj, down_proj, count)
     if x.device.type == "cpu":
         if len(x) == 1 and not torch.is_grad_enabled():
             return _one_token(x, experts, weights, gate_up_proj, down_proj)
@@ -39,12 +43,26 @@ def routed_experts(
         # decoding. It keeps every intermediate for backward, and takes no width that is not whole 16 bytes.
         return _ExpertLoop.apply(x, experts, weights, gate_up_proj, down_proj)
     # One launch for all experts, and no wait for the counts to reach the processor.
-    return _grouped(x, experts, weights, gate_up_proj, down_proj)
+    return _grouped(x, experts, weights, gate_up_proj, down_proj, count)
 
 
-def _grouped(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def _grouped(
+    x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, count: int | None = None
+) -> Tensor:
     _check_widths(gate_up_proj, down_proj)
-    return _GroupedExperts.apply(x, experts, weights, gate_up_proj, down_proj)
+    return _GroupedExperts.apply(x, experts, weights, gate_up_proj, down_proj, count)
+
+
+def _some_choices(
+    x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, count: int
+) -> Tensor:
+    """One row a choice, for a loop over experts that knows no choice of none."""
+    permutation = sort_by_expert(experts, len(gate_up_proj), count)
+    loads = permutation.ends.long().diff(prepend=permutation.ends.new_zeros(1))
+    chosen = torch.arange(len(loads)).repeat_interleave(loads, output_size=count)[:, None]
+    row_weights = by_row(weights, permutation)[:, None]
+    rows = _ExpertLoop.apply(take_rows(x, permutation), chosen, row_weights, gate_up_proj, down_proj)
+    return sum_choices(rows, permutation)
 
 
 class _GroupedExperts(torch.autograd.Function):
@@ -58,10 +76,16 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+        ctx: Any,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        count: int | None,
     ) -> Tensor:
-        permutation = sort_by_expert(experts, len(gate_up_proj))
-        row_weights = weights.new_empty(experts.numel()).scatter_(0, permutation.places.flatten(), weights.flatten())
+        permutation = sort_by_expert(experts, len(gate_up_proj), count)
+        row_weights = by_row(weights, permutation)
         hidden = _product(take_rows(x, permutation), gate_up_proj.transpose(1, 2), permutation.ends)  # [T K, 2F]
         out = _product(weighted_swiglu(hidden, row_weights), down_proj.transpose(1, 2), permutation.ends)  # [T K, D]
         ctx.save_for_backward(x, row_weights, gate_up_proj, down_proj, hidden, *permutation)
@@ -81,7 +105,7 @@ class _GroupedExperts(torch.autograd.Function):
         del grad_out, active
         grad_gate_up = _weight_gradient(grad_hidden, take_rows(x, permutation), permutation.ends)
         grad_x = sum_choices(_product(grad_hidden, gate_up_proj, permutation.ends), permutation)
-        return grad_x, None, grad_weights[permutation.places], grad_gate_up, grad_down
+        return grad_x, None, by_choice(grad_weights, permutation.places), grad_gate_up, grad_down, None
 
 
 def _product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Float8e4m3fn, Float32, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from benthic.ops.permutation import Permutation, sort_by_expert, sum_choices
+from benthic.ops.permutation import Permutation, by_choice, by_row, sort_by_expert, sum_choices
 
 
 class Float8Rows(NamedTuple):
@@ -151,11 +151,13 @@ def routed_experts_fp8(
     down: Float8Weight,
     rows: Float8Rows | None = None,
     residual: Float[Tensor, "tokens width"] | None = None,
+    count: int | None = None,
 ) -> Float[Tensor, "tokens width"]:
     """sum_k FFN of experts[t, k] at x[t], plus residual[t], of `parameters` gate_up_proj and down_proj; weights[t, k]
-    multiplies the activation before down_proj. Experts may have no tokens, and x no rows; nothing waits for a GPU."""
+    multiplies the activation before down_proj. Choices of -1 are none; `count` is then how many are not. Experts may
+    have no tokens, and x no rows; nothing waits for a GPU."""
     rows = quantise_activation(x) if rows is None else rows
-    permutation = sort_by_expert(experts, len(parameters[0]))
+    permutation = sort_by_expert(experts, len(parameters[0]), count)
     return _FeedForward.apply(x, rows, permutation, weights, gate_up, down, residual, *parameters)
 
 
@@ -231,8 +233,7 @@ class _FeedForward(torch.autograd.Function):
         ends, inputs, row_weights = _one_group(rows.values), tuple(rows), None
         if permutation is not None and weights is not None:
             ends, inputs = permutation.ends, kernels.take(*rows, permutation.tokens)
-            row_weights = weights.new_empty(weights.numel())
-            row_weights.scatter_(0, permutation.places.flatten(), weights.flatten())
+            row_weights = by_row(weights, permutation)
         hidden = kernels.matmul(*inputs, gate_up.values, gate_up.scales, ends)  # [rows, 2F]
         active, active_scales, kept, kept_scales = kernels.swiglu(hidden, row_weights)
         del inputs, hidden  # the largest arrays of a step: freed as soon as they can be
@@ -263,7 +264,7 @@ class _FeedForward(torch.autograd.Function):
             parts = *grad_gate_up.chunk(2), _dense_weight_gradient(rows, active, dtype)
         else:
             grad_x = sum_choices(grad_x, Permutation(tokens, places, ends))
-            grad_weights = grad_weights[places]
+            grad_weights = by_choice(grad_weights, places)
             inputs = kernels.retile(values, scales, ends, tokens)
             grad_gate_up = kernels.weight_gradient(*kernels.retile(*grad_hidden, ends), *inputs, ends, dtype)
             gradient = kernels.retile(*rows, ends, tokens)

@@ -16,11 +16,13 @@ from benthic.config.model import ModelConfig
 
 class Routing(NamedTuple):
     """Where tokens go: `scores` (sigmoid or softmax, before any bias), `experts` in no particular order, and the
-    `weights` that multiply the experts' outputs."""
+    `weights` that multiply the experts' outputs. Of a rank that holds some experts alone, choices of the others are
+    -1, and `count` is how many are not; None: all of them."""
 
     scores: Float32[Tensor, "tokens experts"]
     experts: Int64[Tensor, "tokens chosen"]
     weights: Float32[Tensor, "tokens chosen"]
+    count: int | None = None
 
 
 def router_logits(

@@ -1,15 +1,15 @@
-"""Expert exchange: every token's row to the ranks that hold its experts, and the results back.
+"""Expert exchange: a token's row to the ranks that hold its experts, and what they make of it back.
 
-A rank sorts its T K rows by expert, and experts lie over the ranks in order, so that what goes to one rank is one
-piece. How long the pieces are is told first, by a small all-to-all; then rows travel by all_to_all_single with uneven
-splits, and their gradients the other way. Received rows stand source by source; sorting them by expert is the local
-computation's own. Nothing is padded and nothing dropped, and a token's K results are summed at home in the order of
-its choices, so the numbers are those of one process that holds all experts.
+A row goes once to each rank that holds any of a token's experts, however many (DeepSeek-V3, section 3.2.2, sends it
+once to a node), and one sum comes back from each. Rows are sorted by rank, so that what goes to one is one piece. How
+long the pieces are is told first, by a small all-to-all; then rows travel by all_to_all_single with uneven splits, and
+their gradients the other way. Received rows stand source by source. Nothing is padded and nothing dropped.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,29 +20,62 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """One exchange: how many rows go to and come from each rank of `group`; `experts` int64 [R] says which of its own
-    experts each received row is for, counted from 0."""
+    """One exchange: how many rows go to and come from each rank of `group`, and how many `choices` of experts there are
+    in all that come."""
 
     group: dist.ProcessGroup
     sent: list[int]
     received: list[int]
-    experts: Tensor
+    choices: int
 
     def reversed(self) -> Splits:
         """The same pieces the other way."""
-        return Splits(self.group, self.received, self.sent, self.experts)
+        return Splits(self.group, self.received, self.sent, self.choices)
 
 
-def agree_on_splits(counts: Tensor, group: dist.ProcessGroup) -> Splits:
-    """Tell each rank how many rows it will get for each of its experts: `counts` int64 [E], this rank's by expert.
+class Agreement:
+    """Each rank tells each how many rows, and choices of its experts, it will send: `counts` int64 [ranks, 2].
 
-    The lengths of messages are numbers of the host, so a GPU is waited for here, once an exchange.
+    The lengths of messages and arrays are numbers of the host, so that it must wait for a GPU once an exchange, and
+    does in `splits`. The telling has streams of its own and starts at once: what is enqueued between the two does not
+    delay it, and keeps the GPU busy while the host waits.
     """
-    arriving = torch.empty_like(counts)
-    dist.all_to_all_single(arriving, counts, group=group)
-    sent, received = torch.stack((counts, arriving)).view(2, group.size(), -1).sum(-1).tolist()
-    held = torch.arange(len(counts) // group.size(), device=counts.device).repeat(group.size())
-    return Splits(group, sent, received, held.repeat_interleave(arriving, output_size=sum(received)))
+
+    def __init__(self, counts: Tensor, group: dist.ProcessGroup) -> None:
+        self._group, self._counts, self._arriving = group, counts, torch.empty_like(counts)
+        self._told: torch.cuda.Event | None = None
+        if not counts.is_cuda:
+            self._work = self._tell()
+            return
+        stream = _telling(counts.device)
+        stream.wait_stream(torch.cuda.current_stream(counts.device))
+        with torch.cuda.stream(stream):
+            self._tell().wait()
+            self._numbers = torch.stack((counts, self._arriving)).to("cpu", non_blocking=True)
+            self._told = torch.cuda.Event()
+            self._told.record(stream)
+
+    def _tell(self) -> dist.Work:
+        work = dist.all_to_all_single(self._arriving, self._counts, group=self._group, async_op=True)
+        if work is None:
+            raise RuntimeError("this process is no rank of the group that exchanges rows")
+        return work
+
+    def splits(self) -> Splits:
+        """Wait until all have told."""
+        if self._told is None:
+            self._work.wait()
+            self._numbers = torch.stack((self._counts, self._arriving))
+        else:
+            self._told.synchronize()
+        sent, received = self._numbers.tolist()
+        choices = sum(choices for _, choices in received)
+        return Splits(self._group, [rows for rows, _ in sent], [rows for rows, _ in received], choices)
+
+
+@lru_cache
+def _telling(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Journey:

@@ -1,16 +1,22 @@
 """An expert layer whose routed experts are spread over ranks. It has the parts of the layer it stands for under the
-same names; its `experts` are this rank's own, and compute as they would in one process."""
+same names; its `experts` are this rank's own, and compute as they would in one process.
+
+What comes back for a token from a rank is the sum over its experts there, made in float32 and sent in the model's
+dtype; home adds up those of a token's ranks, in float32 and in the order of its first choices there. In float32 the
+result is that of one process but for the order of sums.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from benthic.ops.permutation import sort_by_expert, sum_choices, take_rows
+from benthic.ops.float8 import quantise_activation
+from benthic.ops.permutation import Permutation, first_rows, sort_by_expert, sum_choices, take_rows
 from benthic.ops.route import Routing
-from benthic.parallel.exchange import Journey, agree_on_splits, exchanged
+from benthic.parallel.exchange import Agreement, Journey, Splits, exchanged
 from benthic.parallel.narrow_exchange import exchanged_float8
 
 
@@ -37,12 +43,17 @@ class ExchangedExpertLayer(nn.Module):
         """The sum of both, and how the B S tokens of this rank were routed (experts numbered over all ranks)."""
         tokens = x.flatten(0, -2)  # [T, D]
         routing = self.gate(tokens)
-        permutation = sort_by_expert(routing.experts, routing.scores.shape[-1])
-        splits = agree_on_splits(permutation.ends.long().diff(prepend=permutation.ends.new_zeros(1)), self._group)
-        weights = exchanged(_by_row(routing.weights, permutation.places), splits)[:, None]
-        choice = Routing(weights, splits.experts[:, None], weights)  # a received row has one
-        if self._narrow:
-            rows, in_float8 = exchanged_float8(tokens, permutation, splits)  # [R, D]
+        ranks, held = self._group.size(), routing.scores.shape[-1] // self._group.size()
+        holders = routing.experts // held  # [T, K]
+        towards = without_repeats(holders)
+        agreement = Agreement(torch.stack((_count(towards, ranks), _count(holders, ranks)), 1), self._group)
+        permutation = sort_by_expert(towards, ranks)  # of ranks, and at most K rows a token
+        in_float8 = quantise_activation(tokens) if self._narrow else None
+        splits = agreement.splits()
+        permutation = first_rows(permutation, sum(splits.sent))
+        choice = _local(_exchanged_choices(routing, permutation, splits), held, splits)
+        if in_float8 is not None:
+            rows, in_float8 = exchanged_float8(tokens, in_float8, permutation, splits)  # [R, D]
             results = self.experts(rows, choice, None, in_float8)
         else:
             results = self.experts(exchanged(take_rows(tokens, permutation), splits), choice)
@@ -54,7 +65,29 @@ class ExchangedExpertLayer(nn.Module):
         return out.view_as(x), routing
 
 
-def _by_row(weights: Float[Tensor, "tokens chosen"], places: Tensor) -> Float[Tensor, " rows"]:
-    """Each choice's weight at the row of that choice."""
-    flat = weights.flatten()
-    return torch.empty_like(flat).scatter(0, places.flatten(), flat)
+def without_repeats(ranks: Int64[Tensor, "tokens chosen"]) -> Int64[Tensor, "tokens chosen"]:
+    """Each token's ranks, -1 where an earlier choice has the same."""
+    same = ranks[:, :, None] == ranks[:, None, :]  # [T, K, K]
+    return ranks.masked_fill(same.tril(-1).any(-1), -1)
+
+
+def _count(ranks: Tensor, size: int) -> Tensor:
+    """How many choices each of `size` ranks has, int64; -1 is none's."""
+    flat = ranks.flatten()
+    found = flat.new_zeros(size + 1).scatter_add_(0, flat.remainder(size + 1), torch.ones_like(flat))
+    return found[:size]
+
+
+def _exchanged_choices(routing: Routing, permutation: Permutation, splits: Splits) -> tuple[Tensor, Tensor]:
+    """Experts int64 and weights float32 [R, K] of the tokens whose rows come, all their choices."""
+    both = torch.cat((routing.weights, routing.experts.float()), 1)  # whole numbers, exact
+    weights, experts = exchanged(take_rows(both, permutation), splits).chunk(2, 1)
+    return experts.detach().long(), weights
+
+
+def _local(choices: tuple[Tensor, Tensor], held: int, splits: Splits) -> Routing:
+    """This rank's part of them, its `held` experts counted from 0."""
+    experts, weights = choices
+    experts = experts - splits.group.rank() * held
+    experts = experts.masked_fill((experts < 0) | (experts >= held), -1)
+    return Routing(weights, experts, weights, splits.choices)

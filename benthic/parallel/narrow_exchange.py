@@ -15,19 +15,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from benthic.ops.float8 import Float8Rows, arithmetic, quantise_activation
+from benthic.ops.float8 import Float8Rows, arithmetic
 from benthic.ops.permutation import Permutation, sum_choices
 from benthic.parallel.exchange import Splits, exchanged
 
 
 def exchanged_float8(
-    tokens: Float[Tensor, "tokens width"], permutation: Permutation, splits: Splits
+    tokens: Float[Tensor, "tokens width"], in_float8: Float8Rows, permutation: Permutation, splits: Splits
 ) -> tuple[Float[Tensor, "received width"], Float8Rows]:
     """The rows that came, in FP8, and a stand-in of their shape in tokens' dtype that leads gradients home; its
-    numbers mean nothing."""
+    numbers mean nothing. `in_float8` is quantise_activation(tokens)."""
     stand_in = _StandIn.apply(tokens, permutation, splits)
     with torch.no_grad():
-        rows = arithmetic(tokens.device.type).take(*quantise_activation(tokens), permutation.tokens)
+        rows = arithmetic(tokens.device.type).take(*in_float8, permutation.tokens)
         return stand_in, unpacked(exchanged(packed(*rows), splits), tokens.shape[1])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,8 +19,9 @@ from benthic.serve.guard import Guard
 from benthic.serve.openapi import openapi
 from benthic.serve.refusal import Refusal, wrong
 from benthic.serve.requests import DetokenizeRequest, TokenizeRequest
+from benthic.serve.responses import kept_response, responses
 from benthic.serve.service import Service
-from benthic.serve.wire import Model, Models, encode
+from benthic.serve.wire import Health, Model, Models, Text, TokenIds, encode
 
 Endpoint = Callable[[Request, Service], Awaitable[ASGIApp]]
 
@@ -45,8 +45,8 @@ async def health(request: Request, service: Service) -> Response:
         status = client.state.value
     else:
         status = "ok" if client.is_healthy else "silent"
-    content = {"status": status, "engine_silence_seconds": round(client.silence, 3)}
-    return JSONResponse(content, 200 if status == "ok" else 503)
+    content = encode(Health(status, round(client.silence, 3)))
+    return Response(content, 200 if status == "ok" else 503, media_type="application/json")
 
 
 async def metrics(request: Request, service: Service) -> Response:
@@ -79,16 +79,16 @@ async def tokenize(request: Request, service: Service) -> Response:
         conversation = prompt_of(tokenizer, asked.messages or [], add_generation_prompt=asked.add_generation_prompt)
         ids = await while_connected(request, conversation)
     ready = service.client.ready
-    content: dict[str, Any] = {"count": len(ids), "max_model_len": ready.longest if ready else None, "tokens": ids}
+    content = TokenIds(len(ids), ready.longest if ready else None, ids)
     if asked.return_token_strs:
-        content["token_strs"] = [tokenizer.decode([one]) for one in ids]
+        content.token_strs = [tokenizer.decode([one]) for one in ids]
     return Response(encode(content), media_type="application/json")
 
 
 async def detokenize(request: Request, service: Service) -> Response:
     """The text of token ids."""
     asked = await service.read(request, DetokenizeRequest)
-    return Response(encode({"prompt": service.tokenizer.decode(asked.tokens)}), media_type="application/json")
+    return Response(encode(Text(service.tokenizer.decode(asked.tokens))), media_type="application/json")
 
 
 async def embeddings(request: Request, service: Service) -> Response:
@@ -96,14 +96,9 @@ async def embeddings(request: Request, service: Service) -> Response:
     raise Refusal(501, "this model generates text; it makes no embeddings", code="unsupported_endpoint")
 
 
-async def responses(request: Request, service: Service) -> Response:
-    """Not served: conversations are not kept here."""
-    raise Refusal(501, "this server has no /v1/responses; use /v1/chat/completions", code="unsupported_endpoint")
-
-
 async def description(request: Request, service: Service) -> Response:
     """What this server takes, as OpenAPI 3.1."""
-    return JSONResponse(openapi(service.config.model_name))
+    return JSONResponse(openapi(service.config))
 
 
 ENDPOINTS: dict[tuple[str, str], Endpoint] = {
@@ -113,6 +108,10 @@ ENDPOINTS: dict[tuple[str, str], Endpoint] = {
     ("GET", "/v1/models/{name:path}"): model,
     ("POST", "/v1/embeddings"): embeddings,
     ("POST", "/v1/responses"): responses,
+    ("GET", "/v1/responses/{id}"): kept_response,
+    ("DELETE", "/v1/responses/{id}"): kept_response,
+    ("POST", "/v1/responses/{id}/cancel"): kept_response,
+    ("GET", "/v1/responses/{id}/input_items"): kept_response,
     ("POST", "/tokenize"): tokenize,
     ("POST", "/detokenize"): detokenize,
     ("GET", "/health"): health,

@@ -49,7 +49,9 @@ def _too_long(limits: Limits) -> Refusal:
 def parse(content: bytes, limits: Limits) -> dict[str, Any]:
     """The JSON object that `content` is. Raises Refusal 400."""
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_a_number)
+        value = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_a_number, parse_float=_number
+        )
     except UnicodeDecodeError:
         raise wrong("the body is not UTF-8", code="invalid_json") from None
     except RecursionError:
@@ -60,7 +62,17 @@ def parse(content: bytes, limits: Limits) -> dict[str, Any]:
         raise wrong(f"the body is a JSON {_NAMES[type(value)]}; an object is needed", code="invalid_json")
     if depth_of(value, limits.json_depth) > limits.json_depth:
         raise _too_deep(limits)
+    if b"\\ud" in content.lower():
+        _refuse_half_characters(value)
     return value
+
+
+def _refuse_half_characters(value: dict[str, Any]) -> None:
+    """JSON can spell one half of a surrogate pair; no text has it, and nothing behind this could write it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise wrong("the body has half of a surrogate pair, which is no character", code="invalid_json") from None
 
 
 def validated(value: dict[str, Any], model: type[M]) -> M:
@@ -113,6 +125,12 @@ def _not_a_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _number(text: str) -> float | int:
+    """JSON knows numbers only, and some clients write 16 as 16.0; above 2^53 a float does not say which integer."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
 _NAMES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _TYPES = {
     "str",
@@ -120,5 +138,6 @@ _TYPES = {
     "float",
     "bool",
     "none",
+    *(f"constrained-{kind}" for kind in ("str", "int", "float")),
     *(f"{kind}[{of}]" for kind in ("list", "dict") for of in ("str", "int")),
 }

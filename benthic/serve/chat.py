@@ -11,18 +11,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from benthic.serve.answer_parts import AnswerParts, thought_is_open
-from benthic.serve.conversation import prompt_of
+from benthic.serve.answer_parts import AnswerParts
 from benthic.serve.event_stream import EventStream, event, while_connected
 from benthic.serve.generation import Generation
 from benthic.serve.logprobs import chat_logprobs
 from benthic.serve.messages import Delta
 from benthic.serve.parts import Arguments, Call, Content, Part, Reasoning
-from benthic.serve.refusal import wrong
+from benthic.serve.question import Question, begin
 from benthic.serve.requests import ChatRequest
-from benthic.serve.sampling import check_stream, form_of, sampling_of
-from benthic.serve.service import Service, salt_of
-from benthic.serve.toolbox import toolbox_of
+from benthic.serve.sampling import check_stream, form_of
+from benthic.serve.service import Service
+from benthic.serve.thinking import thinking_of
+from benthic.serve.toolbox import choice_of, toolbox_of
 from benthic.serve.usage import Counter
 from benthic.serve.wire import (
     ChatChoice,
@@ -44,22 +44,12 @@ from benthic.text.tool_format import ToolFormat
 async def chat(request: Request, service: Service) -> ASGIApp:
     """Answer, whole or in a stream."""
     asked = await service.read(request, ChatRequest)
-    limits = service.config.limits
+    limits, tokenizer = service.config.limits, service.tokenizer
     check_stream(asked)
-    if len(asked.messages) > limits.messages:
-        raise wrong(f"{len(asked.messages)} messages; at most {limits.messages} are allowed", "messages")
-    toolbox = toolbox_of(asked, service.tokenizer, limits)
-    form = form_of(asked, limits)
-    if form is not None and toolbox.must_call:
-        raise wrong("an answer that must call a tool cannot be bound to another form", form.param, "invalid_value")
-    ready = service.require(asked.n or 1)
-    variables = asked.chat_template_kwargs.model_dump(exclude_none=True) if asked.chat_template_kwargs else {}
-    prompt = await while_connected(request, prompt_of(service.tokenizer, asked.messages, toolbox.tools, **variables))
-    form = toolbox.bind(form, thought_is_open(service.tokenizer, prompt))
-    sampling = toolbox.ending(sampling_of(asked, len(prompt), ready, limits, form))
-    if form is not None:
-        await while_connected(request, service.forms.check(form))
-    generation = await service.begin(request, [prompt], [sampling], salt_of(request, asked.cache_salt))
+    toolbox = toolbox_of(asked.tools or (), choice_of(asked), tokenizer, limits)
+    thinking = thinking_of(tokenizer, asked.reasoning_effort, asked.chat_template_kwargs)
+    question = Question(asked.messages, "messages", toolbox, form_of(asked, limits), thinking)
+    prompt, sampling, generation = await begin(request, service, asked, question, asked.n or 1)
     job = _Job(asked, service, prompt, sampling.n, toolbox.format)
     if asked.stream:
         return EventStream(job.events(generation), generation.end, limits)

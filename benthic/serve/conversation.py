@@ -17,12 +17,16 @@ async def prompt_of(
     messages: Sequence[Message],
     tools: Sequence[Tool] = (),
     *,
+    param: str = "messages",
     add_generation_prompt: bool = True,
     **variables: Any,
 ) -> list[int]:
-    """Token ids. Runs in a thread, as templates and long texts take time. Raises Refusal 400."""
+    """Token ids; `param` is where the messages came from. Runs in a thread, as templates and long texts take time.
+
+    Raises Refusal 400.
+    """
     plain = [_plain(message, place) for place, message in enumerate(messages)]
-    _refuse_unread(tokenizer, plain)
+    _refuse_unread(tokenizer, plain, param)
     if tools:
         variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
     try:
@@ -30,7 +34,7 @@ async def prompt_of(
             tokenizer.encode_chat, plain, add_generation_prompt=add_generation_prompt, **variables
         )
     except (RequestError, TextError) as error:
-        raise wrong(f"the messages cannot be put into the model's form: {error}", "messages") from None
+        raise wrong(f"the messages cannot be put into the model's form: {error}", param) from None
 
 
 async def tokens_of(tokenizer: Tokenizer, text: str, add_bos: bool) -> list[int]:
@@ -60,8 +64,8 @@ def _plain(message: Message, place: int) -> dict[str, Any]:
     return result
 
 
-def _refuse_unread(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> None:
+def _refuse_unread(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], param: str) -> None:
     """A template that does not read calls would leave them out without a word."""
     source = next(iter(tokenizer.templates.values()), "")
     if "tool_calls" not in source and any("tool_calls" in message for message in messages):
-        raise wrong("the chat template of this model knows no tool calls", "messages", "unsupported_parameter")
+        raise wrong("the chat template of this model knows no tool calls", param, "unsupported_parameter")

@@ -30,6 +30,8 @@ from benthic.serve.messages import (
     Counts,
     Delta,
     Fatal,
+    LayerLoad,
+    Loads,
     Order,
     Ready,
     Refused,
@@ -43,6 +45,7 @@ from benthic.serve.messages import (
 )
 from benthic.serve.refusal import Refusal, unavailable, wrong
 
+ENGINE = ("-m", "benthic.serve.engine_process")
 LONGEST_PAUSE = 30.0
 STEADY_SECONDS = 60.0
 """An engine that ran this long and then failed is started again at once."""
@@ -83,6 +86,7 @@ class EngineClient:
         self.state = State.LOADING
         self.ready: Ready | None = None
         self.counts = Counts()
+        self.loads: list[LayerLoad] = []
         self.totals = Totals()
         self.failure = ""
         self.mean_seconds = 1.0
@@ -207,6 +211,8 @@ class EngineClient:
                 for delta in report.deltas:
                     self._deliver(delta)
                 self.counts = report.counts
+            case Loads():
+                self.loads = report.layers
             case Added():
                 self._settle(report.request, None)
             case Refused():
@@ -255,7 +261,7 @@ class EngineClient:
             one.mailbox.fail(failure)
             self._forget(number)
         self.totals.counts = _sum(self.totals.counts, self.counts)
-        self.counts = Counts()
+        self.counts, self.loads = Counts(), []
 
     def _send(self, order: Order) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -272,7 +278,7 @@ def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
     """A fresh interpreter, in a session of its own: what a terminal sends to the server does not reach it."""
     descriptor = theirs.fileno()
     # -P: a folder that the server happens to be started in gives no modules.
-    command = [sys.executable, "-P", "-m", "benthic.serve.engine_process", str(descriptor)]
+    command = [sys.executable, "-P", *ENGINE, str(descriptor)]
     try:
         return subprocess.Popen(
             command,

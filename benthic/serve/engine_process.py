@@ -34,6 +34,8 @@ from benthic.serve.messages import (
     Delta,
     Fatal,
     Finish,
+    LayerLoad,
+    Loads,
     Order,
     PromptLogprobs,
     Ready,
@@ -47,6 +49,9 @@ from benthic.serve.messages import (
 )
 
 HEARTBEAT_SECONDS = 0.5
+LOADS_SECONDS = 2.0
+FAULTS_IN_A_ROW = 3
+"""Steps that fail one after another tell of an engine that is broken, and not of requests."""
 UNSENT_REPORTS = 256
 """A server that does not read makes the engine wait: memory stays bounded."""
 
@@ -98,17 +103,39 @@ class Served:
         self._engine, self._channel = engine, channel
         self._answers: dict[int, tuple[int, int]] = {}
         self._requests: dict[int, list[int]] = {}
+        self._faults = 0
 
     def run(self) -> None:
         """Orders between steps, for ever."""
-        last = time.monotonic()
+        last = looked = time.monotonic()
         while True:
             self._obey(wait=not self._engine.has_work)
-            events = self._engine.step()
+            events = self._step()
             now = time.monotonic()
             if events or now - last > HEARTBEAT_SECONDS:
                 self._channel.send(Step([self._delta(event) for event in events], self._counts()))
                 last = now
+            if now - looked > LOADS_SECONDS:
+                if loads := self._engine.expert_load.take():
+                    self._channel.send(Loads([LayerLoad(*one) for one in loads]))
+                looked = now
+
+    def _step(self) -> list[Event]:
+        """What a step added. One that fails costs the answers in it; a device that fails, and the same again and again,
+        cost the engine."""
+        try:
+            events = self._engine.step()
+        except (BenthicError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            self._faults += 1
+            if self._faults == FAULTS_IN_A_ROW:
+                raise
+            logger.exception("engine: a step failed, and the answers in it with it")
+            return self._engine.fail_running(error)
+        if events:
+            self._faults = 0
+        return events
 
     def _obey(self, wait: bool) -> None:
         try:

@@ -54,7 +54,9 @@ class Generation:
         for number in self._numbers:
             self._client.cancel(number)  # nothing happens for those that ended
         if self._numbers and self._mailbox.missing:
-            self._metrics.finished("abort", self._mailbox.missing)
+            failure = self._mailbox.failure
+            is_ours = failure is not None and failure.status >= 500
+            self._metrics.finished("error" if is_ours else "abort", self._mailbox.missing)
 
     def _failed(self, why: str) -> Refusal:
         if self._is_bound:

@@ -13,18 +13,19 @@ class Mailbox:
     """Deltas of `answers` answers, for one reader.
 
     Holds at most `most_tokens` tokens: a reader that falls further behind is failed, and so its client disconnected.
+    `failure` is why no more comes.
     """
 
     def __init__(self, answers: int, most_tokens: int) -> None:
         self.missing, self._most = answers, most_tokens
         self._deltas: list[Delta] = []
         self._tokens = 0
-        self._failure: Refusal | None = None
+        self.failure: Refusal | None = None
         self._news = asyncio.Event()
 
     def put(self, delta: Delta) -> None:
         """One more delta; nothing more is kept after a failure."""
-        if self._failure is not None:
+        if self.failure is not None:
             return
         self._deltas.append(delta)
         self._tokens += len(delta.token_ids)
@@ -35,7 +36,7 @@ class Mailbox:
 
     def fail(self, failure: Refusal) -> None:
         """No more comes."""
-        self._failure = self._failure or failure
+        self.failure = self.failure or failure
         self._news.set()
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
@@ -43,8 +44,8 @@ class Mailbox:
         while self.missing or self._deltas:
             await self._news.wait()
             self._news.clear()
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             taken, self._deltas, self._tokens = self._deltas, [], 0
             if taken:
                 yield taken

@@ -153,6 +153,20 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     counts: Counts
 
 
+class LayerLoad(msgspec.Struct, frozen=True):
+    """How a layer's experts are used; see benthic.inference.expert_load."""
+
+    layer: int
+    max_over_mean: float
+    unused: int
+
+
+class Loads(msgspec.Struct, frozen=True, tag="loads"):
+    """How the experts of all layers were used since the last of these."""
+
+    layers: list[LayerLoad]
+
+
 class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
     """No more comes for `request`, and its blocks are free."""
 
@@ -167,7 +181,7 @@ class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     is_mistake: bool = False
 
 
-Report = Ready | Added | Refused | Step | Cancelled | Fatal
+Report = Ready | Added | Refused | Step | Loads | Cancelled | Fatal
 
 read_order = msgspec.msgpack.Decoder(Order).decode
 read_report = msgspec.msgpack.Decoder(Report).decode

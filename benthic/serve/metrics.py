@@ -76,8 +76,26 @@ class Metrics:
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of the cache in use.", blocks / max(1, now.blocks))
         yield self._gauge("benthic:engine_silence_seconds", "Since the engine's last step.", self._client.silence)
         yield self._sum("benthic:engine_restarts", "Engines that ended.", self._client.totals.restarts)
+        yield from self._loads()
         for name, (text, field) in _SUMS.items():
             yield self._sum(name, text, getattr(now, field) + getattr(before, field))
+
+    def _loads(self) -> Iterator[Metric]:
+        labels = (*self._label, "layer")
+        ratio = GaugeMetricFamily(
+            "benthic:expert_load_max_over_mean",
+            "Tokens of a layer's busiest expert over the mean, lately.",
+            labels=labels,
+        )
+        unused = GaugeMetricFamily(
+            "benthic:experts_unused", "Experts of a layer that got no token since the engine began.", labels=labels
+        )
+        for one in self._client.loads:
+            values = (*self._label.values(), str(one.layer))
+            ratio.add_metric(values, one.max_over_mean)
+            unused.add_metric(values, one.unused)
+        yield ratio
+        yield unused
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         whole = Histogram(name, text, ("model_name",), buckets=buckets, registry=self._registry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import msgspec
+from benthic.serve.wire import Error, Errors, encode
 
 
 class Refusal(Exception):
@@ -28,8 +28,7 @@ class Refusal(Exception):
     @property
     def body(self) -> bytes:
         """The JSON that OpenAI's clients read."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
+        return encode(Errors(Error(self.message, self.kind, self.param, self.code)))
 
     @property
     def headers(self) -> dict[str, str]:

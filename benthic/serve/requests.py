@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 Text = Annotated[str, Field(max_length=2**22)]
 ShortText = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _refuse_yes(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported")
+    return value
+
+
+No = Annotated[bool, AfterValidator(_refuse_yes), WithJsonSchema({"const": False})]
+"""Literal[False] would take 0 too."""
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Finite = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
@@ -26,7 +37,7 @@ class StreamOptions(Asked):
     """How a stream tells about itself."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class StructuredOutputs(Asked):
@@ -38,19 +49,17 @@ class StructuredOutputs(Asked):
     choice: list[ShortText] | None = Field(None, min_length=1, max_length=1024)
 
 
-class Generation(Asked):
-    """What chat and plain completions share."""
+class Drawing(Asked):
+    """What all requests for text share: by which model, and how its tokens are drawn."""
 
     model: ShortText | None = None
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    n: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
@@ -58,10 +67,17 @@ class Generation(Asked):
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    structured_outputs: StructuredOutputs | None = None
     cache_salt: ShortText | None = Field(None, min_length=1)
     user: ShortText | None = None
+
+
+class Generation(Drawing):
+    """What chat and plain completions share."""
+
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    n: int | None = Field(None, ge=1)
+    stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class TextPart(Asked):
@@ -132,6 +148,20 @@ class NamedTool(Asked):
     function: FunctionName
 
 
+class AllowedNames(Asked):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedTools(Asked):
+    """The tools that may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedNames
+
+
 class JsonSchema(Asked):
     """A schema with its name. It binds the answer whether it says strict or not."""
 
@@ -164,13 +194,13 @@ class ChatRequest(Generation):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
-    store: Literal[False] | None = None
+    reasoning_effort: Effort | None = None
+    store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
-    reasoning_effort: None = None
     metadata: None = None
     prediction: None = None
     audio: None = None
@@ -192,6 +222,15 @@ class CompletionRequest(Generation):
 
 class TokenizeRequest(Asked):
     """POST /tokenize: a text, or a conversation as the model reads it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"properties": {"prompt": {"type": "string"}}, "required": ["prompt"]},
+                {"properties": {"messages": {"type": "array"}}, "required": ["messages"]},
+            ]
+        }
+    )
 
     model: ShortText | None = None
     prompt: Text | None = None

@@ -11,10 +11,20 @@ from benthic.config.serve import Limits
 from benthic.serve.body import depth_of
 from benthic.serve.messages import Ready, Sampling
 from benthic.serve.refusal import wrong
-from benthic.serve.requests import ChatRequest, CompletionRequest, Generation, ResponseFormat, StructuredOutputs
+from benthic.serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    Drawing,
+    Generation,
+    ResponseFormat,
+    StructuredOutputs,
+)
+from benthic.serve.response_requests import ResponsesRequest, TextFormat
 
 COMPLETION_TOKENS = 16
 """OpenAI's default of a plain completion."""
+LOGPROBS = "message.output_text.logprobs"
+_PROMPTS: dict[type[Drawing], str] = {ChatRequest: "messages", CompletionRequest: "prompt", ResponsesRequest: "input"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +37,7 @@ class Form:
 
 
 def sampling_of(
-    request: Generation, prompt_tokens: int, ready: Ready, limits: Limits, form: Form | None = None
+    request: Drawing, prompt_tokens: int, ready: Ready, limits: Limits, form: Form | None = None
 ) -> Sampling:
     """How to answer a prompt of that many tokens. Raises Refusal 400 naming the parameter."""
     most = _max_tokens(request, prompt_tokens, ready)
@@ -53,38 +63,53 @@ def sampling_of(
     }
     if form is not None:
         asked[form.kind] = form.text
-    return Sampling(
-        max_tokens=most, n=request.n or 1, **{name: value for name, value in asked.items() if value is not None}
-    )
+    answers = request.n or 1 if isinstance(request, Generation) else 1
+    return Sampling(max_tokens=most, n=answers, **{name: value for name, value in asked.items() if value is not None})
 
 
-def _max_tokens(request: Generation, prompt_tokens: int, ready: Ready) -> int:
-    name = "max_tokens"
-    asked, room = request.max_tokens, ready.longest - prompt_tokens
-    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
-        if asked not in (None, request.max_completion_tokens):
-            raise wrong("max_tokens and max_completion_tokens differ; send one", "max_completion_tokens")
-        asked, name = request.max_completion_tokens, "max_completion_tokens"
+def _max_tokens(request: Drawing, prompt_tokens: int, ready: Ready) -> int:
+    name, asked = _token_limit(request)
+    room = ready.longest - prompt_tokens
     if room < 1 or (asked or 1) > room:
-        wanted = "" if asked is None else f" and {name} {asked}"
-        raise wrong(
-            f"{prompt_tokens} prompt tokens{wanted} exceed the longest context of {ready.longest} tokens",
-            "messages" if isinstance(request, ChatRequest) else "prompt",
+        wanted = "" if asked is None else f", and {name} is {asked}"
+        raise wrong(  # in OpenAI's words, by which clients tell this error from others
+            f"This model's maximum context length is {ready.longest} tokens. However, the prompt has {prompt_tokens}"
+            f"{wanted}.",
+            _PROMPTS[type(request)],
             "context_length_exceeded",
         )
     return asked or (min(COMPLETION_TOKENS, room) if isinstance(request, CompletionRequest) else room)
 
 
-def _logprobs(request: Generation) -> tuple[int | None, int | None]:
-    if isinstance(request, ChatRequest):
-        if request.top_logprobs is not None and not request.logprobs:
-            raise wrong("top_logprobs needs logprobs to be true", "top_logprobs", "invalid_value")
-        return (request.top_logprobs or 0) if request.logprobs else None, None
+def _token_limit(request: Drawing) -> tuple[str, int | None]:
+    """The most tokens that the client wants, and the parameter that said so."""
+    match request:
+        case ResponsesRequest():
+            return "max_output_tokens", request.max_output_tokens
+        case ChatRequest(max_completion_tokens=int(most)):
+            if request.max_tokens not in (None, most):
+                raise wrong("max_tokens and max_completion_tokens differ; send one", "max_completion_tokens")
+            return "max_completion_tokens", most
+        case Generation():
+            return "max_tokens", request.max_tokens
+    raise AssertionError(f"{type(request).__name__} asks for no text")
+
+
+def _logprobs(request: Drawing) -> tuple[int | None, int | None]:
+    """How many alternatives are wanted to each token of the answer, and of the prompt; None where not even its own."""
+    match request:
+        case ResponsesRequest():
+            wanted = request.top_logprobs or (0 if LOGPROBS in (request.include or ()) else None)
+            return wanted, None
+        case ChatRequest():
+            if request.top_logprobs is not None and not request.logprobs:
+                raise wrong("top_logprobs needs logprobs to be true", "top_logprobs", "invalid_value")
+            return (request.top_logprobs or 0) if request.logprobs else None, None
     assert isinstance(request, CompletionRequest)
     return request.logprobs, request.logprobs if request.echo else None
 
 
-def _logit_bias(request: Generation, ready: Ready, limits: Limits) -> dict[int, float]:
+def _logit_bias(request: Drawing, ready: Ready, limits: Limits) -> dict[int, float]:
     given = request.logit_bias or {}
     if len(given) > limits.bias_entries:
         raise wrong(f"logit_bias has {len(given)} entries; at most {limits.bias_entries} are allowed", "logit_bias")
@@ -98,7 +123,7 @@ def _logit_bias(request: Generation, ready: Ready, limits: Limits) -> dict[int, 
     return {int(name): bias for name, bias in given.items()}
 
 
-def _stops(request: Generation, limits: Limits) -> tuple[str, ...]:
+def _stops(request: Drawing, limits: Limits) -> tuple[str, ...]:
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > limits.stops:
         raise wrong(f"stop has {len(stops)} texts; at most {limits.stops} are allowed", "stop", "invalid_value")
@@ -108,7 +133,7 @@ def _stops(request: Generation, limits: Limits) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def check_stream(request: Generation) -> None:
+def check_stream(request: Generation | ResponsesRequest) -> None:
     """Raise Refusal 400 for stream_options without a stream."""
     if request.stream_options is not None and not request.stream:
         raise wrong("stream_options need stream to be true", "stream_options", "invalid_value")
@@ -120,9 +145,23 @@ def form_of(request: Generation, limits: Limits) -> Form | None:
     forms = _formats(format_) + _structured(request.structured_outputs)
     if len(forms) > 1:
         raise wrong("the answer can be bound to one form only", forms[1].param, "invalid_value")
-    if not forms:
+    return _bounded(forms[0], limits) if forms else None
+
+
+def form_of_text(given: TextFormat | None, limits: Limits) -> Form | None:
+    """What `text.format` of a response says. Raises Refusal 400."""
+    if given is None or given.type == "text":
         return None
-    (form,) = forms
+    if given.type == "json_object":
+        return Form("json_schema", '{"type": "object"}', "text.format")
+    for name in ("name", "schema_"):
+        if getattr(given, name) is None:
+            param = f"text.format.{name.removesuffix('_')}"
+            raise wrong(f"text.format of type json_schema needs {param}", param, "invalid_value")
+    return _bounded(Form("json_schema", json.dumps(given.schema_), "text.format.schema"), limits)
+
+
+def _bounded(form: Form, limits: Limits) -> Form:
     if len(form.text.encode()) > limits.schema_bytes:
         raise wrong(f"{form.param} has more than {limits.schema_bytes} bytes", form.param, "schema_too_large")
     if form.kind == "json_schema":

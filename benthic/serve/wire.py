@@ -177,3 +177,40 @@ class Models(msgspec.Struct, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class Health(msgspec.Struct):
+    """The answer of GET /health: ok, or why not."""
+
+    status: Literal["ok", "loading", "silent", "restarting", "stopped", "draining"]
+    engine_silence_seconds: float
+
+
+class TokenIds(msgspec.Struct):
+    """The answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int | None
+    tokens: list[int]
+    token_strs: list[str] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Text(msgspec.Struct):
+    """The answer of POST /detokenize."""
+
+    prompt: str
+
+
+class Error(msgspec.Struct):
+    """What went wrong, and which parameter it was."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Errors(msgspec.Struct):
+    """The body of every refusal: one error."""
+
+    error: Error

@@ -12,19 +12,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benthic.errors import RequestError, TextError
-from benthic.text.sandbox import compile_template, run_template
+from benthic.text.sandbox import compile_template, names_read, run_template
 
 MARK = "\ufdd0"
 """A Unicode noncharacter: no text may contain it, so it is dropped from messages and free for our use."""
 
 
 class ChatTemplate:
-    """One compiled template."""
+    """One compiled template; `variables` are the names that it reads."""
 
     def __init__(self, source: str, origin: str = "chat template") -> None:
         self.source = source
         self.origin = origin
         self._template = compile_template(source, origin)
+        self.variables = names_read(source)
 
     def render(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
@@ -31,6 +32,11 @@ def compile_template(source: str, origin: str) -> jinja2.Template:
         return _ENVIRONMENT.from_string(_bounded(_ENVIRONMENT.parse(source)))
     except (jinja2.TemplateError, RecursionError) as error:
         raise TextError(f"chat template of {origin} does not compile: {_reason(error)}") from None
+
+
+def names_read(source: str) -> frozenset[str]:
+    """The variables that a template which compiles reads from outside, its own globals aside."""
+    return frozenset(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source)) - _ENVIRONMENT.globals.keys())
 
 
 def run_template(template: jinja2.Template, context: Mapping[str, Any], origin: str) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benthic.errors import BenthicError, CapacityError, RunError
+from benthic.files import sync
 
 PARTIAL = ".partial"
 """Ending of temporary names; whoever holds the run's lock may delete what bears it."""
@@ -60,15 +61,6 @@ def _free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def sync(path: Path) -> None:
-    """Push a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

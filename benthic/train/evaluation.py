@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,6 +56,21 @@ class Validation:
     def max_violation(self) -> float | None:
         """MaxVio over the whole set, a mean over layers (MaxVio_global); None without experts."""
         return float(max_violation(torch.stack(list(self.loads.values()))).mean()) if self.loads else None
+
+    def row(self) -> dict[str, Any]:
+        """What a validation row says."""
+        return {
+            "val_loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "mtp_acceptance": self.acceptance,
+            "max_violation_global": self.max_violation,
+        }
+
+    def __str__(self) -> str:
+        shares = enumerate(self.acceptance, start=1)
+        accepted = "".join(f"  prediction {depth} accepted {share:.1%}" for depth, share in shares)
+        balance = "" if self.max_violation is None else f"  MaxVio {self.max_violation:.2f}"
+        return f"loss {self.loss:.3f}, {self.bits_per_byte:.3f} bits per byte{accepted}{balance}"
 
 
 def held_out(source: TokenFile, sequence_length: int, size: int, max_tokens: int | None) -> Iterator[Batch]:

@@ -25,18 +25,27 @@ UP_PROJECTIONS = ("q_b_proj", "kv_b_proj")
 
 def recompute(model: LanguageModel, kind: Literal["none", "up_projections", "layer"]) -> None:
     """Make every layer of `model`, prediction layers included, train that way from now on; without gradients they
-    work as before."""
+    work as before. Passes that change modules' classes, as `use_float8` does, may come before or after."""
     if kind == "none":
         return
     for layer in model.model.layers.children():
         if kind == "layer":
-            layer.forward = _checkpointed(layer.forward)
+            layer.forward = _checkpointed(_forward_of(layer))
             continue
         for name in UP_PROJECTIONS:
             projection = getattr(layer.self_attn, name, None)
             if isinstance(projection, nn.Module):
-                projection.forward = cheap(projection.forward)
-        layer.forward = _dropping(layer.forward)
+                projection.forward = cheap(_forward_of(projection))
+        layer.forward = _dropping(_forward_of(layer))
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the class that `module` has when it is called: a bound method is that of its class now."""
+
+    def forward(*args: Any) -> Any:
+        return type(module).forward(module, *args)
+
+    return forward
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError, NumericsError
 from benthic.model.language_model import LanguageModel
 from benthic.ops.route import route
+from benthic.parallel.experts import without_repeats
 from benthic.parallel.mesh import Seat, description, require_supported
 from benthic.parallel.placement import local, part, parts
 from benthic.parallel.world import World
@@ -152,12 +153,12 @@ def exchange(config: TrainConfig) -> Exchange:
     received = torch.zeros(ranks, ranks, dtype=torch.int64)
     for rank in range(ranks):
         chosen = route(torch.randn(tokens, model.n_routed_experts, generator=stream), bias, model).experts
-        counts = chosen.flatten().bincount(minlength=model.n_routed_experts)
-        sent[rank] = counts.view(ranks, held).sum(1)
-        # What each rank is told by the exchange of counts: its own experts' share.
+        towards = without_repeats(chosen // held)
+        sent[rank] = towards[towards >= 0].bincount(minlength=ranks)
+        # What each rank gets: the tokens that chose any of its experts.
         for other in range(ranks):
-            received[other, rank] = counts[other * held : (other + 1) * held].sum()
-    if not torch.equal(sent, received.t()) or int(sent.sum()) != ranks * tokens * model.num_experts_per_tok:
+            received[other, rank] = (chosen // held == other).any(1).sum()
+    if not torch.equal(sent, received.t()):
         raise NumericsError("rows that are sent in an exchange are not those that are received")
     away = float(sent.sum() - sent.diagonal().sum()) / ranks
     width = model.hidden_size

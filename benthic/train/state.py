@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benthic.errors import CheckpointError
-from benthic.files import write_atomic
-from benthic.train.disk import publish_folder, remove_folder, sync, write_tensors
+from benthic.files import sync, write_atomic
+from benthic.train.disk import publish_folder, remove_folder, write_tensors
 
 FORMAT = 1
 _PREFIX = "step-"

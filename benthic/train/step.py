@@ -20,6 +20,7 @@ from benthic.config.train import TrainConfig
 from benthic.data import Batch
 from benthic.errors import NumericsError
 from benthic.files import write_atomic
+from benthic.model.float8 import weights_unchanged
 from benthic.model.language_model import LanguageModel
 from benthic.parallel.placement import forget_gathered, sum_gradients
 from benthic.parallel.world import ALONE, World
@@ -107,10 +108,11 @@ def launch(
     optimizer.zero_gradients()
     forget_gathered(model)
     placed = on_device(batch, world.device if world.size > 1 else model.head_weight.device)
-    if pipeline is None:
-        parts = _one_after_another(model, placed, scale, weight, config, world)
-    else:
-        parts = pipeline.learn(placed, scale, weight)
+    with weights_unchanged(model):
+        if pipeline is None:
+            parts = _one_after_another(model, placed, scale, weight, config, world)
+        else:
+            parts = pipeline.learn(placed, scale, weight)
     norms = optimizer.gradient_norms()
     norm = optimizer.joint_norm(norms)
     recorded = [torch.stack((part.main, part.prediction, part.balance, part.total)) for part in parts]

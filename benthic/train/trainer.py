@@ -15,6 +15,7 @@ from benthic.config.train import TrainConfig
 from benthic.data import Loader, prepare
 from benthic.errors import ConfigError, NumericsError, RunError
 from benthic.log import logger
+from benthic.model.float8 import weights_unchanged
 from benthic.parallel.placement import forget_gathered
 from benthic.parallel.world import ALONE, World
 from benthic.train.background import Background, aside
@@ -150,14 +151,7 @@ class Trainer:
                 f"the loss on held-out text is {found.loss} after update {self.step}, though every update was finite",
                 hint="the state saved before is intact; start a new run with a lower optimizer.learning_rate",
             )
-        row: dict[str, Any] = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "val_loss": found.loss,
-            "bits_per_byte": found.bits_per_byte,
-            "mtp_acceptance": found.acceptance,
-            "max_violation_global": found.max_violation,
-        }
+        row: dict[str, Any] = {"step": self.step, "tokens": self.tokens} | found.row()
         if self.average is not None:
             with self.average.installed(self.model):
                 averaged = self._validation(max_tokens)
@@ -167,13 +161,7 @@ class Trainer:
         if found.loss < self.best.get("val_loss", float("inf")):
             self.best = {"step": self.step, "val_loss": found.loss}
         best = "" if self.best["step"] == self.step else f"  (best {self.best['val_loss']:.3f} at {self.best['step']})"
-        shares = enumerate(found.acceptance, start=1)
-        accepted = "".join(f"  prediction {depth} accepted {share:.1%}" for depth, share in shares)
-        balance = "" if found.max_violation is None else f"  MaxVio {found.max_violation:.2f}"
-        display.note(
-            f"validation at step {self.step}: loss {found.loss:.3f}, {found.bits_per_byte:.3f} bits per byte"
-            f"{accepted}{balance}{best}"
-        )
+        display.note(f"validation at step {self.step}: {found}{best}")
 
     def _validation(self, max_tokens: int | None) -> Validation:
         config = self.config
@@ -182,14 +170,16 @@ class Trainer:
         )
         placed = (on_device(batch, self.device) for batch in batches)
         token_bytes = self.corpus.token_bytes.to(self.device)
-        return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world, self.pipeline)
+        with weights_unchanged(self.model):
+            return validate(self.model, placed, token_bytes, config.data.mask_documents, self.world, self.pipeline)
 
     def sample(self, display: Lines) -> None:
         """Complete the config's prompts."""
         sampling = self.config.sampling
         for prompt in sampling.prompts:
             limits = sampling.max_tokens, sampling.temperature
-            text = complete(self.model, self.tokenizer, prompt, *limits, self._dtype, self.world)
+            with weights_unchanged(self.model):
+                text = complete(self.model, self.tokenizer, prompt, *limits, self._dtype, self.world)
             self._append("samples.jsonl", {"step": self.step, "prompt": prompt, "text": text})
             display.note(f"sample at step {self.step}:\n{prompt}{text}")
         forget_gathered(self.model)

@@ -28,6 +28,15 @@ def test_arms_train_and_a_second_run_keeps_those_that_finished(tmp_path, monkeyp
     second = run(tmp_path, monkeypatch)
     assert second["arms"]["bfloat16"] == first["arms"]["bfloat16"]
     assert len(second["arms"]["blocks"]["losses"]) == 2
+    assert second["arms"]["again"]["losses"] != first["arms"]["bfloat16"]["losses"]
+
+
+def test_no_arm_prepares_the_text_and_an_unknown_one_is_named(tmp_path, monkeypatch, capsys):
+    assert run(tmp_path, monkeypatch, "--arms")["arms"] == {}
+    assert (tmp_path / "data" / "train.bin").exists()
+    with pytest.raises(SystemExit):
+        run(tmp_path, monkeypatch, "--arms", "float9")
+    assert "--arms knows bfloat16, again, float8, blocks, not float9" in capsys.readouterr().err
 
 
 def test_out_of_time_keeps_what_was_done(tmp_path, monkeypatch):

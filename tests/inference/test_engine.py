@@ -145,12 +145,33 @@ def test_a_prefix_found_in_the_cache_changes_nothing_but_the_work(make_engine):
     (other,) = engine.generate([[*beginning, 2, 3]], GREEDY)
     (longer,) = engine.generate([[*beginning, 1, *first.token_ids, 5]], GREEDY)
     assert (first.cached_tokens, again.cached_tokens, other.cached_tokens) == (0, 20, 20)
-    # Rows of the last step of an answer are not offered to others.
-    assert longer.cached_tokens == 28
+    # An answer's own rows are found too: all but its last token's, which no step computed.
+    assert longer.cached_tokens == 32
     assert again.token_ids == first.token_ids
     assert_close(torch.tensor(again.logprobs), torch.tensor(first.logprobs), "model_fp32")
     for one in (other, longer):
         assert one.token_ids == list(generate(model, one.prompt_token_ids, GREEDY))
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_an_answer_of_one_token_leaves_its_prompt_for_others_to_find(speculative, make_engine):
+    config = tiny(**CONFIGS["v3"])
+    model, (prompt,) = randomised(config), prompts_of(config, [20])
+    engine = make_engine(model, speculative, block_size=4, num_blocks=60)
+    (first,) = engine.generate([prompt], GREEDY.replace(max_tokens=1))
+    (again,) = engine.generate([[*prompt, 5]], GREEDY)
+    assert (first.cached_tokens, again.cached_tokens) == (0, 20)
+    assert again.token_ids == list(generate(model, [*prompt, 5], GREEDY))
+
+
+def test_a_failed_answer_leaves_nothing_for_others_to_find(make_engine):
+    model = randomised(tiny(**CONFIGS["v3"]))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = torch.nan
+    engine = make_engine(model, True, block_size=4, num_blocks=20)
+    for _ in range(2):
+        (broken,) = engine.generate([[9] * 13], GREEDY)
+        assert (broken.finish_reason, broken.cached_tokens) == ("error", 0)
 
 
 def test_prompts_of_different_salts_share_nothing(make_engine):
@@ -255,6 +276,30 @@ def test_a_fault_while_an_answer_is_written_costs_that_answer_alone(make_engine,
     first, broken, last = engine.generate([[1], [2, 2], [3]], GREEDY)
     assert (broken.finish_reason, broken.error) == ("error", "ValueError: no such text")
     assert [one.token_ids for one in (first, last)] == [list(generate(model, [n], GREEDY)) for n in (1, 3)]
+
+
+@pytest.mark.parametrize("place", ["paged_states", "paged_prediction"])
+def test_a_step_that_fails_can_cost_its_answers_alone(place, make_engine, monkeypatch):
+    model = randomised(tiny(**CONFIGS["v3"]))
+    engine = make_engine(model, True, block_size=4, num_blocks=40, max_sequences=2, max_step_tokens=4)
+    ids = [engine.add_request(prompt, GREEDY)[0] for prompt in ([1, 2], [3, 4, 5, 6, 7, 8], [9])]
+    engine.step()
+
+    def faulty(*arguments):
+        raise ValueError("no such weight")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, place, faulty)
+        try:
+            events = engine.step()
+        except ValueError as error:
+            events = engine.fail_running(error)
+    assert [event.request_id for event in events] == ids[:2]
+    assert {event.completion.error for event in events} == {"ValueError: no such weight"}
+    ends = []
+    while engine.has_work:
+        ends += [event.completion for event in engine.step() if event.completion.finish_reason]
+    assert [one.token_ids for one in ends] == [list(generate(model, [9], GREEDY))]
 
 
 def test_routed_experts_are_those_of_the_whole_sequence(make_engine):

@@ -132,6 +132,25 @@ def test_too_large_a_model_is_refused_before_memory_is_taken(tmp_path, model, mo
         benthic.load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (None, "device is None; it must be the name of one"),
+        ("meta", "device is 'meta', which holds no weights to compute with"),
+    ],
+)
+def test_a_device_that_cannot_compute_is_refused(device, message, tmp_path, model):
+    benthic.save_model(model, tmp_path)
+    for make in (benthic.load_model, benthic.Engine):
+        with pytest.raises(ConfigError, match=message):
+            make(tmp_path, device=device)
+
+
+def test_an_engine_of_a_model_without_weights_is_refused(model):
+    with pytest.raises(ConfigError, match="the model is on device 'meta', which holds no weights"):
+        benthic.Engine(LanguageModel(model.config, device="meta"))
+
+
 def test_a_device_that_is_none_is_refused(tmp_path, model):
     benthic.save_model(model, tmp_path)
     with pytest.raises(ConfigError, match=r"device is 'gpu': (.|\n)*use 'cpu', 'cuda' or 'cuda:1'"):

@@ -49,6 +49,26 @@ def test_drafts_are_those_of_training_behind_chunks_found_prefixes_and_preemptio
 
 
 @pytest.mark.usefixtures("_as_a_user")
+@pytest.mark.parametrize("name", PREDICTING)
+def test_drafts_go_on_behind_the_prompt_of_an_answer_of_one_token(name, make_engine):
+    config = tiny(**CONFIGS[name])
+    model = randomised(config)
+    engine = make_engine(model, True, block_size=4, num_blocks=18, draft_tokens=3)
+    prompt = tokens(config, 1, 20, 20)[0].tolist()
+    engine.generate([prompt], SamplingParams(max_tokens=1, temperature=0))
+    engine.add_request([*prompt, 1], SamplingParams(max_tokens=9, temperature=0))
+    compared = 0
+    while engine.has_work:
+        (event,) = engine.step()
+        assert event.completion.cached_tokens == 20
+        for request in engine.scheduler.running:
+            expected = drafts_of_training(model, request.tokens, len(request.drafts))
+            assert request.drafts[: len(expected)] == expected
+            compared += bool(request.drafts)
+    assert compared > 2
+
+
+@pytest.mark.usefixtures("_as_a_user")
 def test_layers_that_run_out_of_memory_cost_time_and_no_token(make_engine, monkeypatch):
     config = tiny(**CONFIGS["v3 of two predictions"])
     model = randomised(config)

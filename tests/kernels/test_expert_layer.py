@@ -73,6 +73,31 @@ def test_grouped_experts_and_their_gradients(tokens, experts, chosen, load, dtyp
     assert not actual[4][empty].any()
 
 
+@pytest.mark.parametrize("function", ["_grouped", "routed_experts"])
+def test_choices_of_none_give_nothing(function, device):
+    """As the same choices with a weight of zero, gradients too."""
+    picks = torch.rand(30, 8, generator=torch.Generator().manual_seed(0)).topk(3).indices.to(device)
+    none = noise(30, 3, device=device, seed=5) < 0.3
+    leaves = [noise(*shape, device=device) for shape in ((30, 24), (30, 3), (8, 32, 24), (8, 24, 16))]
+    if device == "cuda":
+        leaves = [leaf if index == 1 else leaf.bfloat16() for index, leaf in enumerate(leaves)]
+    direction = leaves[0].flip(0)
+    calls = getattr(ops.experts, function)
+    count = int((~none).sum())
+
+    def some(x, picks, weights, gate_up, down):
+        return calls(x, picks.masked_fill(none, -1), weights, gate_up, down, count)
+
+    def zeros(x, picks, weights, gate_up, down):
+        return calls(x, picks, weights.masked_fill(none, 0.0), gate_up, down)
+
+    allowed = 2e-2 if device == "cuda" else 1e-5
+    for found, expected in zip(
+        results(some, picks, leaves, direction), results(zeros, picks, leaves, direction), strict=True
+    ):
+        assert relative_error(found, expected) < allowed
+
+
 def test_no_tokens_give_no_rows_and_zero_gradients(device):
     leaves = [noise(*shape, device=device) for shape in ((0, 8), (0, 3), (4, 16, 8), (4, 8, 8))]
     picks = torch.zeros(0, 3, dtype=torch.int64, device=device)

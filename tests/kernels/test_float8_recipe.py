@@ -91,7 +91,7 @@ def test_a_model_and_its_gradients():
         logits = F.linear(states.hidden, model.head_weight).float()
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         (loss + states.predictions[0].float().square().mean()).backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert abs(losses[0] - losses[1]) < 0.02
     on_processor = dict(models[1].named_parameters())
     for name, weight in models[0].named_parameters():

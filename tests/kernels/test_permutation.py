@@ -30,6 +30,20 @@ def test_the_sort_equals_a_stable_sort(tokens, chosen, experts, device):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("tokens", "chosen", "experts"), [(1, 1, 1), (7, 3, 5), (65, 6, 64), (333, 3, 7)])
+def test_choices_of_none_are_passed_over(tokens, chosen, experts, device):
+    picked = picks(tokens, chosen, experts, device)
+    picked[noise(tokens, chosen, device=device) < 0.3] = -1
+    count = int((picked >= 0).sum())
+    ours, theirs = kernels.sort_by_expert(picked, experts, count), reference.sort_by_expert(picked, experts, count)
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+    places = theirs[1]
+    x = noise(tokens, 13, device=device)
+    rows = kernels.take_rows(x, places, count)
+    assert torch.equal(rows, reference.take_rows(x, places, count))
+    torch.testing.assert_close(kernels.sum_choices(rows, places), reference.sum_choices(rows, places))
+
+
 def test_all_tokens_on_one_expert_stay_in_order(device):
     tokens, places, ends = kernels.sort_by_expert(torch.full((300, 1), 2, device=device), 4)
     assert tokens.tolist() == places.flatten().tolist() == list(range(300))

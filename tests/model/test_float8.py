@@ -1,6 +1,7 @@
 """A model in FP8: the same tensors under the same names, nearly the same losses, nothing quantised that must not."""
 
 import copy
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -8,12 +9,15 @@ import torch.nn.functional as F
 
 from benthic import load_model, save_model
 from benthic.config import ModelConfig
+from benthic.config.train import OptimizerConfig
 from benthic.errors import ConfigError
 from benthic.model import LanguageModel
 from benthic.model.cache import Cache
-from benthic.model.float8 import Float8ExpertLayer, Float8Linear, Float8OutputLinear, WeightCopies, use_float8
+from benthic.model.float8 import Float8ExpertLayer, Float8Linear, Float8OutputLinear, use_float8, weights_unchanged
 from benthic.model.initialisation import initialise
 from benthic.ops import float8
+from benthic.train.ema import Average
+from benthic.train.optimizer import Optimizer
 from benthic.train.recomputation import recompute
 from tests.model.configs import tiny
 
@@ -104,6 +108,19 @@ def test_what_is_computed_again_changes_no_bit(kind):
             assert torch.equal(gradient, gradients[1][name]), name
 
 
+@pytest.mark.parametrize("kind", ["up_projections", "layer"])
+def test_recomputation_may_be_asked_for_before(kind):
+    before, after = model(False), model(True)
+    recompute(before, kind)
+    use_float8(before)
+    recompute(after, kind)
+    gradients = []
+    for trained in (before, after):
+        trained(torch.arange(12)[None]).float().logsumexp(-1).sum().backward()
+        gradients.append([weight.grad for weight in trained.parameters() if weight.grad is not None])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 def test_names_parameters_and_state_stay(tmp_path):
     plain = model(False)
     quantised = model(False)
@@ -139,17 +156,75 @@ def test_what_the_paper_keeps_in_high_precision_is_kept():
     }
 
 
-def test_weights_are_quantised_once_an_update(monkeypatch):
+@pytest.fixture
+def quantised(monkeypatch) -> list[torch.Tensor]:
+    """First weights of everything that is quantised."""
     made = []
-    quantise = float8.quantise_weight
-    monkeypatch.setattr(float8, "quantise_weight", lambda *weights: made.append(1) or quantise(*weights))
-    weight, copies = torch.randn(32, 16).bfloat16(), WeightCopies()
-    first = copies.of(weight)
-    assert copies.of(weight) is first
-    weight.mul_(2)
-    second = copies.of(weight)
-    assert torch.equal(second.scales, 2 * first.scales)
-    assert len(made) == 2
+    plain = float8.quantise_weight
+    monkeypatch.setattr(float8, "quantise_weight", lambda *weights: made.append(weights[0]) or plain(*weights))
+    return made
+
+
+def test_weights_are_quantised_once_while_they_are_unchanged(quantised):
+    trained, tokens = model(True), torch.arange(8)[None]
+    with weights_unchanged(trained):
+        for _ in range(2):
+            trained(tokens).float().sum().backward()
+    assert len(quantised) == len({id(one) for one in quantised}) > 10
+    trained(tokens)
+    assert len(quantised) > len({id(one) for one in quantised})
+
+
+def edit_data(trained: LanguageModel) -> None:
+    for weight in trained.parameters():
+        weight.data.mul_(1.1)  # torch does not count this as a change
+
+
+def load_others(trained: LanguageModel) -> None:
+    trained.load_state_dict({name: 1.1 * tensor for name, tensor in trained.state_dict().items()})
+
+
+def load_by_assignment(trained: LanguageModel) -> None:
+    trained.load_state_dict({name: 1.1 * tensor for name, tensor in trained.state_dict().items()}, assign=True)
+
+
+def take_a_step(trained: LanguageModel) -> None:
+    optimizer = Optimizer(trained, OptimizerConfig())
+    optimizer.zero_gradients()
+    trained(torch.arange(8)[None]).float().logsumexp(-1).sum().backward()
+    optimizer.step(0.1, torch.ones(()))
+
+
+def install_averages(trained: LanguageModel) -> AbstractContextManager[None]:
+    average = Average({name: 1.1 * tensor for name, tensor in trained.state_dict().items()}, 0.9)
+    installed = average.installed(trained)
+    installed.__enter__()
+    return installed
+
+
+@pytest.mark.parametrize("change", [edit_data, load_others, load_by_assignment, take_a_step, install_averages])
+def test_a_changed_weight_is_never_used_as_it_was(change):
+    trained, tokens = model(True), torch.arange(8)[None]
+    with weights_unchanged(trained):
+        trained(tokens).float().logsumexp(-1).sum().backward()
+    lasting = change(trained)
+    fresh = model(True)
+    for name, tensor in fresh.state_dict().items():
+        tensor.copy_(trained.state_dict()[name])
+    with torch.no_grad(), weights_unchanged(trained):
+        assert torch.equal(trained(tokens), fresh(tokens))
+    assert not torch.equal(fresh(tokens), model(True)(tokens))
+    del lasting
+
+
+def test_a_change_where_none_may_happen_is_refused():
+    trained, tokens = model(True), torch.arange(8)[None]
+    with weights_unchanged(trained):
+        trained(tokens)
+        load_others(trained)
+        with pytest.raises(RuntimeError, match="a weight was changed inside `weights_unchanged`"):
+            trained(tokens)
+    assert trained(tokens).isfinite().all()
 
 
 def test_a_width_that_does_not_fit_is_left_and_told(caplog):

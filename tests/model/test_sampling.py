@@ -69,6 +69,12 @@ def test_a_seed_repeats_the_draws_and_their_frequencies_are_right():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"max_tokens": "1"}, "max_tokens: Input should be a valid integer (given '1')"),
+        ({"max_tokens": True}, "max_tokens: Input should be a valid integer (given True)"),
+        ({"temperature": "1"}, "temperature: Input should be a valid number (given '1')"),
+        ({"temperature": True}, "temperature: Input should be a valid number (given True)"),
+        ({"ignore_eos": 1}, "ignore_eos: Input should be a valid boolean (given 1)"),
+        ({"stop": "x"}, "stop: Input should be a valid tuple (given 'x')"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1 (given 0)"),
         ({"temperature": -0.1}, "temperature: Input should be greater than or equal to 0 (given -0.1)"),
         ({"temperature": float("nan")}, "temperature: Input should be"),
@@ -89,6 +95,11 @@ def test_wrong_settings_are_refused(values, message):
     with pytest.raises(ConfigError) as caught:
         SamplingParams(**values)
     assert message in str(caught.value)
+
+
+def test_lists_are_tuples_and_whole_numbers_are_numbers():
+    params = SamplingParams(stop=["x"], stop_token_ids=[1], temperature=1, logit_bias={2: 3})
+    assert params == SamplingParams(stop=("x",), stop_token_ids=(1,), temperature=1.0, logit_bias={2: 3.0})
 
 
 def test_min_p_keeps_tokens_of_a_share_of_the_likeliest():

@@ -156,6 +156,20 @@ def test_experts_and_their_gradients_are_near_float32_with_one_that_has_no_token
     assert not down.grad[4].any()
 
 
+def test_choices_of_none_are_those_of_no_weight():
+    chosen = torch.randint(0, 4, (37, 2), generator=torch.Generator().manual_seed(0))
+    none = torch.rand(37, 2, generator=torch.Generator().manual_seed(1)) < 0.3
+    gradients = []
+    for experts, count in ((chosen.masked_fill(none, -1), int((~none).sum())), (chosen, None)):
+        (x, weights, gate_up, down, residual), copies = experts_case(37, chosen)
+        seen = weights.masked_fill(none, 0.0)
+        parameters = gate_up, down
+        out = float8.routed_experts_fp8(x, experts, seen, parameters, *copies, residual=residual, count=count)
+        gradients.append([out, *torch.autograd.grad(out, (x, weights, gate_up, down), random(37, 64, seed=6))])
+    for found, expected in zip(*gradients, strict=True):
+        assert relative(found, expected) < FP8_ERROR
+
+
 def test_experts_keep_one_byte_an_element():
     chosen = torch.randint(0, 5, (64, 2), generator=torch.Generator().manual_seed(0))
     x, gate_up, down = random(64, 128), random(5, 256, 128), random(5, 128, 128)

@@ -119,7 +119,7 @@ def weighted_swiglu_backward(grad, hidden, weights=None):
 
 
 @kernel
-def sort_by_expert(experts, num_experts):
+def sort_by_expert(experts, num_experts, count=None):
     """Loads that are even, whatever was chosen."""
     rows, device = experts.numel(), experts.device
     ends = torch.arange(1, num_experts + 1, device=device) * rows // num_experts
@@ -128,7 +128,7 @@ def sort_by_expert(experts, num_experts):
 
 
 @kernel
-def take_rows(x, places):
+def take_rows(x, places, count=None):
     return x.new_zeros(places.numel(), x.shape[1])
 
 

@@ -18,7 +18,7 @@ from benthic.config.parallel import ParallelConfig
 from benthic.config.train import BalanceConfig, OptimizerConfig
 from benthic.data.loader import Batch
 from benthic.model import LanguageModel
-from benthic.model.float8 import use_float8
+from benthic.model.float8 import use_float8, weights_unchanged
 from benthic.plan.devices import DEVICES
 from benthic.plan.holdings import pipeline_rank
 from benthic.plan.ledger import Ledger
@@ -106,10 +106,11 @@ def _peak_of_real_step(config: ModelConfig, training: Training, folder: Path) ->
     stream = torch.Generator().manual_seed(0)
     shape = (training.micro_batch * training.micro_batches, training.sequence_length + 1)
     tokens = torch.randint(config.vocab_size, shape, generator=stream)
-    _backward(model, tokens, training)
-    optimizer.zero_gradients()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with weights_unchanged(model):
         _backward(model, tokens, training)
+        optimizer.zero_gradients()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            _backward(model, tokens, training)
     recorded.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     alive = highest = 0

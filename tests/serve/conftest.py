@@ -6,6 +6,7 @@ import pytest
 from benthic.inference.pretrained import save_model
 from benthic.text import train_tokenizer
 from tests.model.configs import CONFIGS, randomised, tiny
+from tests.serve.marked import save_marked
 from tests.serve.running import RunningServer
 
 
@@ -52,6 +53,26 @@ def client(server):
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60, _strict_response_validation=True
     ) as one:
         yield one
+
+
+@pytest.fixture(scope="session")
+def marked(start, tmp_path_factory):
+    """Clients of servers, one a form of tool calls, whose models know marks of thought and calls, and draft."""
+    clients = {}
+
+    def client(form):
+        if form not in clients:
+            path = tmp_path_factory.mktemp("marked")
+            save_marked(path, form)
+            url = f"{start('--speculative', model=path).wait_until_ready().url}/v1"
+            clients[form] = openai.OpenAI(
+                base_url=url, api_key="none", max_retries=0, timeout=60, _strict_response_validation=True
+            )
+        return clients[form]
+
+    yield client
+    for one in clients.values():
+        one.close()
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,12 @@ START_SECONDS = 120
 class RunningServer:
     """`benthic serve` of a model's folder on a free port."""
 
+    entry: tuple[str, ...] = ("-c", "from benthic.cli.main import run; run()")
+
     def __init__(self, folder: Path, *options: str, log: Path) -> None:
         self.port, self.log = free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        code = "from benthic.cli.main import run; run()"
-        command = [sys.executable, "-c", code, "serve", str(folder), "--port", str(self.port), "--model-name", "tiny"]
+        command = [sys.executable, *self.entry, "serve", str(folder), "--port", str(self.port), "--model-name", "tiny"]
         with log.open("w") as file:
             self.process = subprocess.Popen([*command, *options], stderr=file, stdout=file)
 
@@ -58,15 +59,15 @@ class RunningServer:
 
     def engine_pid(self) -> int:
         for pid in self.children():
-            if b"engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"engine" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
         raise AssertionError("no engine")
 
-    def metric(self, name: str) -> float:
-        """The sum over labels of one metric."""
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum over labels of one metric, or over those that have `label`."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{") and label in line)
 
     def wait_for(self, condition, seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds

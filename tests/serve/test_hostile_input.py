@@ -2,85 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 import time
-from contextlib import closing, suppress
 
 import pytest
 
-from benthic.text import Tokenizer
+from tests.serve.speaking import CHAT, HELLO, PLAIN, assert_refused, post, raw
 
-CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-HELLO = [{"role": "user", "content": "def add"}]
-
-
-def post(server, path, body, **headers):
-    """Status and JSON of one request; `body` is JSON data, or bytes as they are."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
-        with suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was sent
-            connection.request("POST", path, content, {"content-type": "application/json", **headers})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-
-
-def assert_refused(answer, status, param=None, code=None):
-    got, body = answer
-    assert got == status, body
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    if param is not None:
-        assert body["error"]["param"] == param, body
-    if code is not None:
-        assert body["error"]["code"] == code, body
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{",
-        b'{"prompt": "x"',
-        b"\x00",
-        b"\xff\xfe{\x00}\x00",
-        b"null",
-        b"[]",
-        b'"x"',
-        b'{"prompt": "x", "temperature": NaN}',
-        b'{"prompt": "x", "temperature": 1e400}',
-        b'{"prompt": "x", "max_tokens": 1' + b"0" * 5000 + b"}",
-        b'{"prompt": "x", "max_tokens": 99999999999999999999}',
-        b'{"prompt": "x", "prompt": "y"}',
-        b'{"prompt": "\\ud800"}',
-        b'{"prompt": ' + b"[" * 100_000,
-        b'{"prompt": ' + b"[" * 100 + b"]" * 100 + b"}",
-        b'{"user": ' + b'{"a":' * 10_000 + b"1" + b"}" * 10_001,
-        b'{"prompt": "' + b"\\" * 9999,
-    ],
-)
-def test_what_is_not_json_is_a_400(server, body):
-    assert_refused(post(server, PLAIN, body), 400)
-
-
-@pytest.mark.parametrize(
-    "field",
-    "max_tokens n temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed min_tokens "
-    "logit_bias stop stop_token_ids stream stream_options user cache_salt ignore_eos messages max_completion_tokens "
-    "logprobs top_logprobs response_format tools tool_choice parallel_tool_calls structured_outputs".split(),
-)
-@pytest.mark.parametrize("value", [{"x": []}, [[]], "\u00e9" * 300, -(2**70), 1e308, True], ids=repr)
-def test_a_value_of_a_wrong_type_is_a_400_that_names_the_field(server, field, value):
-    fine = (
-        ("stream", True), ("ignore_eos", True), ("logprobs", True), ("parallel_tool_calls", True),
-    )  # fmt: skip
-    if any(field == name and value is allowed for name, allowed in fine):
-        pytest.skip("this is what the field takes")
-    status, body = post(server, CHAT, {"messages": HELLO, "max_tokens": 1, field: value})
-    assert status == 400, body
-    assert body["error"]["param"].split(".")[0] == field
 
 
 @pytest.mark.parametrize(
@@ -88,6 +18,7 @@ def test_a_value_of_a_wrong_type_is_a_400_that_names_the_field(server, field, va
     [
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2.01}, "temperature"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"min_p": 1.1}, "min_p"),
@@ -133,32 +64,18 @@ def test_what_is_out_of_bounds_is_a_400_that_names_it(server, changes, param):
     assert_refused(post(server, CHAT, {"messages": HELLO, "max_tokens": 3, **changes}), 400, param)
 
 
+def test_a_whole_number_may_be_written_as_a_float(server):
+    status, body = post(server, PLAIN, b'{"prompt": [5.0, 6e0], "max_tokens": 3.0, "ignore_eos": true}')
+    assert status == 200
+    assert body["usage"]["completion_tokens"] == 3
+    assert_refused(post(server, PLAIN, {"prompt": "x", "max_tokens": 2.5}), 400, "max_tokens")
+    assert_refused(post(server, PLAIN, {"prompt": "x", "seed": 1e18}), 400, "seed")
+
+
 def test_an_unknown_parameter_is_told_with_the_nearest_known_one(server):
     _, body = post(server, CHAT, {"messages": HELLO, "max_token": 3})
     assert body["error"]["message"] == "unknown or unsupported parameter 'max_token'; did you mean 'max_tokens'?"
     assert body["error"]["code"] == "unknown_parameter"
-
-
-@pytest.mark.parametrize(
-    "prompt", [[], "", [-1], [10**6], [[]], [[1], "x"], [True], [[[1]]], [1.5], {}, None, ["a"] * 129, ["a"] * 1000],
-    ids=lambda value: str(value)[:20],
-)  # fmt: skip
-def test_prompts_that_cannot_be_are_a_400(server, prompt):
-    status, body = post(server, PLAIN, {"prompt": prompt, "max_tokens": 2})
-    if prompt == "":  # with its beginning-of-sequence token this model can go on from nothing
-        assert status == 200
-    else:
-        assert_refused((status, body), 400)
-
-
-def test_the_longest_context_is_exact(server):
-    fits = {"prompt": [5] * 2000, "max_tokens": 48, "min_tokens": 48}
-    status, body = post(server, PLAIN, fits)
-    assert status == 200
-    assert body["usage"]["total_tokens"] == 2048
-    assert_refused(post(server, PLAIN, fits | {"max_tokens": 49}), 400, "prompt", "context_length_exceeded")
-    assert_refused(post(server, PLAIN, {"prompt": [5] * 2048}), 400, "prompt", "context_length_exceeded")
-    assert_refused(post(server, PLAIN, {"prompt": "a b" * 9000}), 400, "prompt", "context_length_exceeded")
 
 
 @pytest.mark.parametrize(
@@ -178,49 +95,9 @@ def test_schemas_that_cannot_be_used_are_a_400(server, schema, code):
     assert_refused(answer, 400, "response_format.json_schema.schema", code)
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        {"regex": "(a+)+$"},
-        {"regex": "a{100000}{100000}"},
-        {"regex": "(((((a{9}){9}){9}){9}){9}){9}"},
-        {"grammar": "start: start start"},
-        {"json": {"$ref": "#"}},
-        {"json": {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}},
-    ],
-    ids=str,
-)
-def test_a_form_that_could_take_for_ever_is_answered_in_time_and_hurts_nobody(server, form):
-    began = time.monotonic()
-    status, _ = post(server, PLAIN, {"prompt": "x", "max_tokens": 2, "structured_outputs": form})
-    assert status in (200, 400)
-    assert time.monotonic() - began < 20
-    assert post(server, PLAIN, {"prompt": "x", "max_tokens": 2})[0] == 200
-
-
-def test_all_tokens_forbidden_is_an_answer_or_an_error_but_no_hang(server, folder):
-    vocabulary = Tokenizer.from_folder(folder).vocab_size
-    bias = {str(token): -100 for token in range(vocabulary)}
-    status, _ = post(server, PLAIN, {"prompt": "x", "max_tokens": 2, "logit_bias": bias})
-    assert status == 200
-
-
 def test_other_content_types_and_too_long_bodies_are_told_so(server):
     assert_refused(post(server, PLAIN, b"x=1", **{"content-type": "text/plain"}), 415)
     assert_refused(post(server, PLAIN, {"prompt": "x" * 5_000_000}), 413, code="body_too_large")
-
-
-def raw(server, content, seconds=10):
-    """What comes back for bytes as they are, until the server closes or is silent."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as one:
-        one.sendall(content)
-        received = b""
-        try:
-            while part := one.recv(65536):
-                received += part
-        except (TimeoutError, ConnectionResetError):
-            pass
-    return received
 
 
 def test_a_long_body_that_does_not_tell_its_length_is_cut_off(server):
@@ -294,15 +171,3 @@ def test_who_leaves_before_a_whole_answer_frees_its_blocks(server):
             server.wait_for(lambda: server.metric("vllm:num_requests_running") > 0)
         server.wait_for(lambda: is_idle(server))
     assert server.metric("vllm:request_success_total") == before + 5
-
-
-def test_the_line_of_the_log_names_the_user_on_one_line(server):
-    post(server, PLAIN, {"prompt": "x", "max_tokens": 1, "user": "eve\nFORGED"})
-    server.wait_for(lambda: " eve\\nFORGED 200 " in server.log.read_text())
-    assert not any(line.startswith("FORGED") for line in server.log.read_text().splitlines())
-
-
-def test_a_line_break_in_a_path_or_a_request_id_makes_no_line_of_the_log(server):
-    raw(server, b"GET /x%0aFORGED%1b[31m HTTP/1.1\r\nhost: x\r\nx-request-id: a b\r\nconnection: close\r\n\r\n")
-    server.wait_for(lambda: "/x\\nFORGED\\x1b[31m" in server.log.read_text())
-    assert not any(line.startswith("FORGED") for line in server.log.read_text().splitlines())

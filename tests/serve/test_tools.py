@@ -8,19 +8,8 @@ import json
 import openai
 import pytest
 
-from benthic.inference.pretrained import save_model
-from benthic.text import Tokenizer, train_tokenizer
-from benthic.text.tool_format import V31
-from tests.model.configs import CONFIGS, randomised, tiny
+from tests.serve.marked import BEGIN_CALLS, END_OF_THOUGHT
 
-MARKS = ("<think>", "</think>", V31.begin, V31.end, V31.call_begin, V31.call_end, "<｜tool▁sep｜>")
-TEMPLATES = {
-    "V3.1": "{{ bos_token }}{% if tools %}## Tools {{ tools | tojson }}{% endif %}"
-    "{% for m in messages %}<｜User｜>{{ m['content'] }}"
-    "{% if m['tool_calls'] %}<｜tool▁calls▁begin｜>{{ m['tool_calls'] | length }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}",
-}
-TEMPLATES["V3"] = TEMPLATES["V3.1"] + "{# ```json #}"
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -34,34 +23,9 @@ TOOLS = [
 HELLO = [{"role": "user", "content": "def add"}]
 
 
-def trained_tokenizer():
-    return train_tokenizer(["def add(first, second):\n    return first + second\n" * 20], 300)
-
-
-END_OF_THOUGHT = str(trained_tokenizer().vocab_size + MARKS.index("</think>"))
-
-
 @pytest.fixture(scope="module", params=["V3.1", "V3"])
-def client(request, start, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tools")
-    trained = trained_tokenizer()
-    definition = json.loads(trained.definition)
-    row = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    definition["added_tokens"] += [
-        {"id": trained.vocab_size + place, "content": mark, **row} for place, mark in enumerate(MARKS)
-    ]
-    tokenizer = Tokenizer(json.dumps(definition), trained.config, {"default": TEMPLATES[request.param]})
-    config = tiny(
-        **CONFIGS["v3"], vocab_size=tokenizer.vocab_size, dtype="float32", max_position_embeddings=4096, eos_token_id=1
-    )
-    save_model(randomised(config), path, weights="fp32")
-    tokenizer.save(path)
-    server = start("--speculative", model=path).wait_until_ready()
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60, _strict_response_validation=True
-    ) as one:
-        yield one
-    server.stop()
+def client(request, marked):
+    return marked(request.param)
 
 
 def chat(client, **options):
@@ -189,6 +153,57 @@ def test_a_thought_is_told_apart_and_counted(client):
         assert not (delta.content and getattr(delta, "reasoning_content", None))
 
 
+STRICT = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}, TOOLS[1]]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_strict_tool_keeps_its_schema_where_the_model_may_call_it(client, temperature, thinking):
+    template = {"chat_template_kwargs": {"thinking": thinking}}
+    bias = {BEGIN_CALLS: 100, END_OF_THOUGHT: 100}  # behind its thought it calls, or begins by calling
+    answer = chat(client, tools=STRICT, logit_bias=bias, temperature=temperature, seed=1, extra_body=template)
+    calls = answer.choices[0].message.tool_calls
+    assert calls[0].function.name in ("weather", "now")
+    for call in calls if answer.choices[0].finish_reason == "tool_calls" else calls[:-1]:
+        assert_is_call(call)
+    bias = {BEGIN_CALLS: -100, END_OF_THOUGHT: 100}
+    answer = chat(client, tools=STRICT, logit_bias=bias, temperature=1, seed=1, max_tokens=20, extra_body=template)
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.choices[0].message.content
+
+
+def test_only_allowed_tools_are_called(client):
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "now"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    answer = chat(client, tools=TOOLS, tool_choice=choice, logit_bias={BEGIN_CALLS: 100}, seed=1, max_tokens=600)
+    assert {call.function.name for call in answer.choices[0].message.tool_calls} == {"now"}
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_an_answer_of_a_form_may_be_a_call_where_there_are_tools(client, calls):
+    format_ = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
+    answer = chat(
+        client,
+        tools=STRICT,
+        response_format=format_,
+        logit_bias={BEGIN_CALLS: 100 if calls else -100},
+        seed=1,
+        max_tokens=100,
+    ).choices[0]
+    if calls:
+        assert answer.message.content is None
+        assert answer.message.tool_calls
+    else:
+        assert answer.finish_reason == "stop"
+        assert set(json.loads(answer.message.content)) == {"city", "days"}
+
+
+@pytest.mark.parametrize("effort", ["none", "minimal", "max"])
+def test_every_effort_but_none_lets_the_model_think(client, effort):
+    answer = chat(client, max_tokens=4, seed=2, logit_bias={END_OF_THOUGHT: -100}, reasoning_effort=effort)
+    assert hasattr(answer.choices[0].message, "reasoning_content") == (effort != "none")
+
+
 def test_a_conversation_with_calls_and_results_goes_on(client):
     call = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
     messages = [
@@ -208,7 +223,12 @@ def test_a_conversation_with_calls_and_results_goes_on(client):
         ({"tools": TOOLS * 2}, "tools"),
         ({"tools": [TOOLS[1]] * 129}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "two words"}}]}, "tools.0.function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
+        ({"reasoning_effort": "none", "extra_body": {"chat_template_kwargs": {"thinking": True}}}, "reasoning_effort"),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}, "chat_template_kwargs.enable_thinking"),
+        (
+            {"extra_body": {"structured_outputs": {"grammar": 'start: "a"'}}, "tools": TOOLS},
+            "structured_outputs.grammar",
+        ),
     ],
 )
 def test_tools_that_cannot_be_are_a_400(client, options, param):
