@@ -135,7 +135,8 @@ def stage_layers(config: TrainConfig) -> tuple[range, ...]:
     layers, embedding and head on such a device."""
     if config.parallel.pipeline == 1:
         return ()
-    return plan_run(config, find_device("cpu" if config.device == "cpu" else "h200")).step.stages
+    on_processor = config.device == "cpu" and config.precision.compute != "float8"  # which a GPU alone multiplies in
+    return plan_run(config, find_device("cpu" if on_processor else "h200")).step.stages
 
 
 def build_model(config: TrainConfig, world: World, device: torch.device) -> tuple[LanguageModel, Pipeline | None]:
