@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benthic.errors import CheckpointError
+from benthic.errors import CheckpointError, RunError
 from benthic.files import sync, write_atomic
 from benthic.train.disk import publish_folder, remove_folder, write_tensors
 
@@ -43,6 +43,19 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     corpus: str = ""
+
+    def require_continues(self, corpus: str, steps: int) -> None:
+        """Raise RunError unless a run of `steps` updates that reads `corpus` can go on from here."""
+        if self.corpus != corpus:
+            raise RunError(
+                f"the corpus has changed since step {self.step} (fingerprint {corpus[:12]}, was {self.corpus[:12]})",
+                hint="bring the old text back, or start a new run with --run-folder",
+            )
+        if self.step > steps:
+            raise RunError(
+                f"the run has made {self.step} updates already, but steps is {steps}",
+                hint=f"resume with --steps {self.step} or more",
+            )
 
 
 @dataclass(frozen=True, slots=True)

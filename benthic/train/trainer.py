@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benthic.config.train import TrainConfig
 from benthic.data import Loader, prepare
-from benthic.errors import ConfigError, NumericsError, RunError
+from benthic.errors import ConfigError, NumericsError
 from benthic.log import logger
 from benthic.model.float8 import weights_unchanged
 from benthic.parallel.placement import forget_gathered
@@ -234,17 +234,7 @@ class Trainer:
     @torch.no_grad()
     def _take_over(self, state: State) -> None:
         progress = state.progress
-        if progress.corpus != self.corpus.manifest.key:
-            raise RunError(
-                f"the corpus has changed since step {progress.step} (fingerprint {self.corpus.manifest.key[:12]}, "
-                f"was {progress.corpus[:12]})",
-                hint="bring the old text back, or start a new run with --run-folder",
-            )
-        if progress.step > self.config.steps:
-            raise RunError(
-                f"the run has made {progress.step} updates already, but steps is {self.config.steps}",
-                hint=f"resume with --steps {progress.step} or more",
-            )
+        progress.require_continues(self.corpus.manifest.key, self.config.steps)
         self.step = self.saved = progress.step
         self.tokens, self.best, self.validation = progress.tokens, progress.best, progress.validation
         self.loader.load_state_dict(progress.loader)
