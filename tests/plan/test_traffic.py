@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from benthic.config import ModelConfig
 from benthic.model import LanguageModel
-from benthic.model.float8 import use_float8
+from benthic.model.float8 import use_float8, weights_unchanged
 from benthic.plan.kernels import Kernels
 from benthic.plan.traffic import (
     accumulation_traffic,
@@ -72,14 +72,15 @@ def test_bytes_are_those_of_every_kernel_and_operation_that_autograd_runs(shape,
         tokens = torch.zeros(2, 2048, dtype=torch.int64)
     if precision == "fp8":
         use_float8(model)
-    model.states(tokens)  # Rotations are computed once, weights quantised once an update.
-    MOVED.clear()
-    with Traced() as traced:
-        hidden = model.states(tokens).hidden
-        traced.collect()
-        traced.phase = "backward"
-        hidden.backward(torch.empty_like(hidden))
-        traced.collect()
+    with weights_unchanged(model):
+        model.states(tokens)  # Rotations are computed once, weights quantised once an update.
+        MOVED.clear()
+        with Traced() as traced:
+            hidden = model.states(tokens).hidden
+            traced.collect()
+            traced.phase = "backward"
+            hidden.backward(torch.empty_like(hidden))
+            traced.collect()
     layers = [one for layer in range(config.num_hidden_layers) for one in layer_traffic(config, layer, precision)]
     layers += [one for one in head_traffic(config, precision, 1) if one.name == "final norm"]
     for phase in ("forward", "backward"):
