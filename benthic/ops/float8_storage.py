@@ -16,7 +16,7 @@ from benthic.numerics.reference.quantisation import dequantise_blocks
 from benthic.ops import float8
 from benthic.ops.decode_matmul_fp8 import MOST_TOKENS, decode_matmul_fp8
 from benthic.ops.expert_decode import MOST_PAIRS, few_token_experts_fp8
-from benthic.ops.experts import experts_one_by_one
+from benthic.ops.expert_loop import experts_one_by_one
 from benthic.ops.permutation import by_row, sort_by_expert, sum_choices
 
 
