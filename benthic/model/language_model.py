@@ -16,6 +16,7 @@ from benthic.config.model import ModelConfig
 from benthic.errors import RequestError
 from benthic.model.attention import Span
 from benthic.model.cache import Cache
+from benthic.model.input_ids import check_ids, check_range
 from benthic.model.layer import DecoderLayer, PredictionLayer
 from benthic.model.pages import Pages
 from benthic.model.primitive import Embedding, Linear, RMSNorm
@@ -81,7 +82,7 @@ class LanguageModel(nn.Module):
 
         Raises RequestError for ids that are no int64 [B, S], outside the vocabulary, or longer than the model allows.
         """
-        _check_range(input_ids, self.config.vocab_size)
+        check_range(input_ids, self.config.vocab_size)
         depth = min(self.config.num_nextn_predict_layers, input_ids.shape[-1] - 1) if return_mtp else 0
         states = self.states(input_ids, cache=cache, num_predictions=depth)
         logits = self.logits(states.hidden)
@@ -153,7 +154,7 @@ class LanguageModel(nn.Module):
         return Span(rotations, pages=pages)
 
     def _check(self, input_ids: Tensor, documents: Tensor | None, cache: Cache | None, num_predictions: int) -> None:
-        _check_ids(input_ids)
+        check_ids(input_ids)
         batch, length = input_ids.shape
         end = length + (cache.length if cache is not None else 0)
         if end > self.config.max_position_embeddings:
@@ -224,23 +225,3 @@ def _shortened(span: Span, depth: int) -> Span:
     """The span of the positions that still have a token `depth` further on."""
     mask = None if span.mask is None else span.mask[:, :-depth, :-depth]
     return Span(span.rotations[:-depth], mask)
-
-
-def _check_ids(input_ids: Tensor) -> None:
-    if input_ids.dtype != torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise RequestError(
-            f"input_ids is {input_ids.dtype} of shape {list(input_ids.shape)}; it must be int64 [sequences, tokens], "
-            "neither of them 0"
-        )
-
-
-def _check_range(input_ids: Tensor, vocabulary: int) -> None:
-    """An id outside the vocabulary stops a GPU for good, so it never gets there."""
-    _check_ids(input_ids)
-    low, high = (int(bound) for bound in input_ids.aminmax())
-    if low < 0 or high >= vocabulary:
-        wrong = low if low < 0 else high
-        raise RequestError(
-            f"input_ids holds {wrong}; the vocabulary has {vocabulary} tokens, 0 to {vocabulary - 1}",
-            hint="is this the model's own tokenizer?",
-        )
