@@ -37,6 +37,12 @@ async def prompt_of(
         raise wrong(f"the messages cannot be put into the model's form: {error}", param) from None
 
 
+def refuse_many(messages: Sequence[Message], most: int, param: str = "messages") -> None:
+    """Raise Refusal 400 for more messages than are allowed."""
+    if len(messages) > most:
+        raise wrong(f"{len(messages)} messages; at most {most} are allowed", param)
+
+
 async def tokens_of(tokenizer: Tokenizer, text: str, add_bos: bool) -> list[int]:
     """Token ids of a plain text."""
     try:
