@@ -72,6 +72,6 @@ def _plain(message: Message, place: int) -> dict[str, Any]:
 
 def _refuse_unread(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], param: str) -> None:
     """A template that does not read calls would leave them out without a word."""
-    source = next(iter(tokenizer.templates.values()), "")
+    source = tokenizer.templates.get("default", "")
     if "tool_calls" not in source and any("tool_calls" in message for message in messages):
         raise wrong("the chat template of this model knows no tool calls", param, "unsupported_parameter")

@@ -154,7 +154,7 @@ def toolbox_of(tools: Sequence[Tool], choice: Choice, tokenizer: Tokenizer, limi
     if strange is not None:
         raise wrong(f"tool_choice names {strange!r}, which is not one of tools", "tool_choice", "invalid_value")
     callable_ = tuple(tool for tool in tools if choice.names is None or tool.function.name in choice.names)
-    format_ = tool_format(next(iter(tokenizer.templates.values()), ""))
+    format_ = tool_format(tokenizer.templates.get("default", ""))
     if format_ is None:
         raise wrong("the chat template of this model takes no tools", "tools", "unsupported_parameter")
     if choice.mode == "none":
