@@ -1,7 +1,7 @@
 """torchtitan 0.2.2 on the same model, batch and GPUs: what it is given to read, how it is started, what it reports.
 
-Its balanced routing is forced, and its own figure (`tps`, of a GPU) is averaged over steps 15 to 25, when compilation is
-over. On several ranks weights are split over all of them (FSDP2), and experts too (its expert parallelism).
+Its balanced routing is forced, and its own figure (`tps`, of a GPU) is averaged over steps 15 to 25, when compilation
+is over. On several ranks weights are split over all of them (FSDP2), and experts too (its expert parallelism).
 Documents are longer than a sequence, so that its document mask leaves causal attention whole, as ours is.
 """
 
