@@ -33,9 +33,9 @@ def attention(
     width = value.shape[-1]
     # Says so without an array: kernels skip what is not seen.
     later = mask is None and 1 < length < keys
-    if query.device.type == "cpu" and width < query.shape[-1]:
-        # The processor's fused kernel takes one width for all three; padding costs less than the S x L scores of the
-        # plain path.
+    if width < query.shape[-1] and (later or query.device.type == "cpu"):
+        # The processor's fused kernel takes one width for all three, and so does flash, the only fast one of a GPU that
+        # knows late queries. Padding costs less than the S x L scores of the plain path, or the slower kernel.
         value = F.pad(value, (0, query.shape[-1] - width))
     out = F.scaled_dot_product_attention(
         query,
