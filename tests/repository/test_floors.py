@@ -86,3 +86,10 @@ def test_light_parts_do_not_import_torch(statement):
     code = f"{statement}\nimport sys\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_trainer_imports_no_compiler():
+    """torch's brings Triton along, and seconds of start-up."""
+    code = "import benthic.train.run, sys\nassert not {'torch._dynamo', 'triton'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
