@@ -59,6 +59,8 @@ RUNS: dict[str, Run] = {
     "bf16 dp=2": Run("bf16", "dp=2", "bf16 alone"),
 }
 PEER, BESIDE = "torchtitan fsdp=2,ep=2", "bf16 fsdp=2,ep=2"
+ORDER = ("bf16 alone", BESIDE, "float8 alone", "float8 fsdp=2,ep=2", PEER, "bf16 dp=2")
+"""What matters most comes first: a run cut short keeps what it has."""
 
 
 def measure(names: tuple[str, ...], output: Path) -> dict[str, Any]:
@@ -66,10 +68,10 @@ def measure(names: tuple[str, ...], output: Path) -> dict[str, Any]:
     failure is its row. Raises ConfigError without a GPU or for an unknown arm."""
     require_gpu("weak scaling")
     for name in names:
-        if name not in (*RUNS, PEER):
-            raise ConfigError(f"there is no arm {name!r}", did_you_mean(name, [*RUNS, PEER]))
+        if name not in ORDER:
+            raise ConfigError(f"there is no arm {name!r}", did_you_mean(name, list(ORDER)))
     document: dict[str, Any] = {"name": "weak_scaling", "links": links(), "arms": {}}
-    for name in names or (*RUNS, PEER):
+    for name in names or ORDER:
         logger.info("arm %s", name)
         try:
             found = run_peer() if name == PEER else run_arm(RUNS[name])

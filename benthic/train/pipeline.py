@@ -93,7 +93,7 @@ class Pipeline:
         self._group: dist.ProcessGroup = world.dense["pipeline"].get_group()
         ranks = range(world.layout.pipeline)
         self._owner = {stage: rank for rank in ranks for stage in stages_of_rank(world.layout, rank)}
-        self._schedules: dict[int, Any] = {}
+        self._schedule: Any = None
         self._at_once = _makes_gradients_at_once(config)
         if self._at_once and world.layout.schedule in SPLITTING:
             logger.info(
@@ -110,11 +110,12 @@ class Pipeline:
         for section in self._sections.values():
             section.begin(scale, weight)
         count = len(batch.tokens) // self._config.batch.micro_sequences
-        if count not in self._schedules:
-            self._schedules[count] = self._schedule(count)
+        if self._schedule is None or self._schedule._n_microbatches != count:
+            self._schedule = None  # its buffers go first
+            self._schedule = self._scheduled(count)
         facts = {"tokens": batch.tokens, "documents": batch.documents}
         try:
-            self._schedules[count].step(**facts, target=batch.tokens, return_outputs=False)
+            self._schedule.step(**facts, target=batch.tokens, return_outputs=False)
         except RuntimeError as error:
             raise _first_cause(error) from None
         return [_together(parts) for parts in zip(*(one.parts for one in self._sections.values()), strict=True)]
@@ -141,8 +142,8 @@ class Pipeline:
                 dist.send(passed.contiguous(), group=self._group, group_dst=self._owner[stage + 1])
         return States(found.hidden, found.predictions, routing)
 
-    def _schedule(self, micro_batches: int) -> Any:
-        """torch's schedule for so many micro-batches: it keeps a buffer for each."""
+    def _scheduled(self, micro_batches: int) -> Any:
+        """torch's schedule for so many micro-batches: it keeps buffers for each."""
         config, world = self._config, self._world
         shape = (config.batch.micro_sequences, config.data.sequence_length, width_passed(config.model))
         passed = torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)

@@ -121,6 +121,19 @@ def test_what_is_computed_again_or_in_narrow_numbers_is_what_one_process_compute
 
 
 @pytest.mark.slow
+def test_a_batch_that_grows_is_scheduled_anew_and_trains_as_one_process_does(tmp_path):
+    growing = Schedule(peak=8, start=0.5, phases=(Phase(shape="linear", until=3, unit="steps"),))
+    changes = dict(steps=3, batch=BatchConfig(sequences=growing, micro_sequences=1))
+    train(a_run(**changes), tmp_path / "alone")
+    on_ranks(2, train_each, [a_run("pp=2,schedule=dualpipev", **changes)], tmp_path)
+    expected, found = rows(tmp_path / "alone"), rows(tmp_path / "0")
+    assert [row["tokens"] for row in expected if "loss" in row] == [80, 176, 304]
+    for one, other in zip(expected, found, strict=True):
+        for name in MEASURED & one.keys():
+            assert other[name] == pytest.approx(one[name], rel=1e-5), (name, one["step"])
+
+
+@pytest.mark.slow
 def test_gradients_that_a_schedule_splits_off_reach_the_masters_of_a_rank_s_own_experts(tmp_path):
     changes = dict(steps=2, precision={"compute": "bfloat16"})
     schedules = ("1f1b", "zb1p", "dualpipev")
