@@ -70,15 +70,15 @@ def training_memory(
     return max(found, key=lambda memory: memory.total)
 
 
-def kinds_of_ranks(config: ModelConfig, layout: ParallelConfig, stages: Sequence[range]) -> list[int]:
-    """The first rank of each kind: of ranks that hold alike layers, none keeps more micro-batches than the first."""
-    kinds: dict[tuple, int] = {}
+def kinds_of_ranks(config: ModelConfig, layout: ParallelConfig, stages: Sequence[range]) -> dict[int, list[int]]:
+    """Places of the pipeline that hold alike layers, by the first of them: none keeps more micro-batches than it."""
+    kinds: dict[tuple, list[int]] = {}
     end = config.num_hidden_layers + config.num_nextn_predict_layers - 1
     for rank in range(layout.pipeline):
         layers = [layer for stage in stages_of_rank(layout, rank) for layer in stages[stage]]
         special = {0, end} & set(layers) | {layer for layer in layers if layer >= config.num_hidden_layers}
-        kinds.setdefault((*map(config.is_expert_layer, layers), *sorted(special)), rank)
-    return list(kinds.values())
+        kinds.setdefault((*map(config.is_expert_layer, layers), *sorted(special)), []).append(rank)
+    return {places[0]: places for places in kinds.values()}
 
 
 def memory_of_rank(

@@ -20,7 +20,6 @@ from benthic.train.ema import Average
 from benthic.train.optimizer import Optimizer
 from benthic.train.step import routing_biases
 
-
 BLOCK = 128
 """Rows and columns of a weight that share a scale in FP8."""
 

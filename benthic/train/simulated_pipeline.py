@@ -1,8 +1,8 @@
 """The messages of a pipeline, gone through without processes: what every rank sends and receives, in its order.
 
-A rank is its list of events: computations, and batches of messages that it hands to its communicator one after another
-and goes on. A communicator works on one batch at a time, as NCCL's stream does, and a message passes when both ends have
-come to it: nothing is buffered, so ranks that wait for each other here could do so on a GPU.
+A rank is its list of events: computations, and batches of messages that it hands to its communicator, one after
+another, and goes on. A communicator works on one batch at a time, as NCCL's stream does, and a message passes when both
+ends have come to it: nothing is buffered, so ranks that wait for each other here could do so on a GPU.
 """
 
 from __future__ import annotations
