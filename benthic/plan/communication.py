@@ -2,8 +2,8 @@
 
 Expert exchange. The trainer sends a token once to each *device* that holds one of its experts. DeepSeek's kernels send
 it over the network once for each *node* and forward it inside (DeepSeek-V3 report, section 3.2.2). So the numbers that
-matter are the expected distinct nodes and devices of a token's K experts. Group-limited routing keeps M of G groups of experts,
-and with one group a node (V3) a token reaches at most M nodes.
+matter are the expected distinct nodes and devices of a token's K experts. Group-limited routing keeps M of G groups of
+experts, and with one group a node (V3) a token reaches at most M nodes.
 """
 
 from __future__ import annotations

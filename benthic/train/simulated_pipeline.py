@@ -116,6 +116,11 @@ def _following(work: Computation, stages: int) -> Batch:
     return Batch(sent=frozenset({Message(work.direction, border, work.micro_batch)} if there else ()))
 
 
+def messages_sent(events: Events) -> int:
+    """How many messages a rank sends."""
+    return sum(len(one.sent) for one in events if isinstance(one, Batch))
+
+
 def require_matching(programs: Mapping[int, Events], owners: Mapping[int, int], micro_batches: int) -> None:
     """Raise NumericsError unless every message over a border between ranks is sent once, by the rank that has it, and
     received once, by the rank that needs it, and every stage works on every micro-batch in both directions."""

@@ -41,7 +41,13 @@ from benthic.train.distributed import (
 from benthic.train.schedule import smallest
 from benthic.train.simulated_memory import kept
 from benthic.train.simulated_messages import Exchange, exchange, synchronisation
-from benthic.train.simulated_pipeline import Batch, Events, events_of, require_matching, require_progress
+from benthic.train.simulated_pipeline import (
+    Events,
+    events_of,
+    messages_sent,
+    require_matching,
+    require_progress,
+)
 from benthic.train.simulation_tables import Tried, memory_table, message_bytes, traffic_table
 
 if TYPE_CHECKING:  # torch's pipelining takes a while to import
@@ -145,7 +151,7 @@ def _try(config: TrainConfig, rank: int, stages: Sequence[range], alike: int) ->
 
 
 def programs_of(config: TrainConfig) -> dict[int, dict[int, Events]]:
-    """What all ranks of a pipeline do in an update, by the number of its micro-batches: the smallest and the largest."""
+    """What each rank of a pipeline does in the smallest and in the largest update, by its number of micro-batches."""
     stages = stage_layers(config)
     with _pretending(0, config.parallel.world):
         world = World(config.parallel, torch.device("cpu"), stages)
@@ -192,7 +198,7 @@ def _pipeline(config: TrainConfig, stages: Sequence[range], programs: dict[int, 
     for count, events in programs.items():
         require_matching(events, owners, count)
         require_progress(events, len(stages))
-        messages = sum(len(one.sent) for events in events.values() for one in events if isinstance(one, Batch))
+        messages = sum(map(messages_sent, events.values()))
         yield (
             f"pipeline: {count} micro-batches a rank under {layout.schedule_for(count)} are {messages:,} messages of "
             f"{message_bytes(config):,} bytes between its ranks; each is received, and their order comes to an end"

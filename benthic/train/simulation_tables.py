@@ -15,7 +15,7 @@ from benthic.plan.memory import memory_of_rank, standing_memory
 from benthic.train.distributed import compute_dtype
 from benthic.train.fit import training_of
 from benthic.train.simulated_messages import Exchange, Synchronisation
-from benthic.train.simulated_pipeline import Batch, Events
+from benthic.train.simulated_pipeline import Events, messages_sent
 
 TOLERANCE = 0.05
 """By which the planner's bytes of what stays may differ from what ranks hold."""
@@ -86,6 +86,7 @@ def traffic_table(
     """What each rank sends in an update of so many micro-batches: rows to experts and back, states and gradients to
     other stages, gradients and weights to copies."""
     kinds = ("experts", "pipeline", "gradients", "weights")
+    sent = 0.0
     yield _line("sent in an update", *(name for kind in kinds for name in (kind, "planned")), "total")
     for place, one in tried.items():
         pairs = (
@@ -94,7 +95,13 @@ def traffic_table(
             *_of_copies(config, stages, place, micro_batches, one.synchronisation),
         )
         columns = [figure for pair in pairs for figure in pair]
-        yield _line(_name(one), *columns, sum(found for found, _ in pairs))
+        yield _line(_name(one), *columns, sum(columns[::2]))
+        # Places that hold alike layers may have fewer neighbours.
+        sent += one.alike * (sum(columns[::2]) - columns[2])
+    programs = tried[0].programs.get(micro_batches, {})
+    messages = sum(map(messages_sent, programs.values()))
+    sent += config.parallel.ranks_in_stage * messages * message_bytes(config)
+    yield f"  all ranks together send {_told(sent)}"
 
 
 def _name(one: Tried) -> str:
@@ -130,8 +137,7 @@ def _of_experts(
 def _of_pipeline(config: TrainConfig, one: Tried, place: int, micro_batches: int) -> tuple[float, float]:
     if not one.programs:
         return 0.0, 0.0
-    batches = [event for event in one.programs[micro_batches][place] if isinstance(event, Batch)]
-    messages = sum(len(batch.sent) for batch in batches)
+    messages = messages_sent(one.programs[micro_batches][place])
     planned = border_bytes(config.model, _tokens(config)) * compute_dtype(config).itemsize / 2
     return messages * message_bytes(config), messages * planned
 
