@@ -138,11 +138,16 @@ def _hold_states(ledger: Ledger, held: Rank, training: Training, layout: Paralle
     resident = own + gathered
     ledger.hold("weights", "weights", resident * each, f"{resident:,.0f} elements x {each:.3g} B")
     if training.precision == "fp8":
-        # Made once an update of what stays, and of what FSDP gathers anew with each use.
+        # Made once an update of what stays; of what FSDP gathers, with each use, and backward reads what forward made.
         staying = resident if layout.world == 1 or layout.pipeline > 1 else own
-        quantised = staying * total.fp8 / total.elements
-        formula = f"{quantised:,.0f} elements x {FP8_COPIES:.3g} B"
-        ledger.hold("weights", "weights in FP8, both ways round", quantised * FP8_COPIES, formula)
+        remade = 0.0 if training.recomputation == "layer" else total.elements - staying
+        for part, name, elements in (
+            ("weights", "weights in FP8, both ways round", staying),
+            ("activations", "weights in FP8, from forward to backward", remade),
+        ):
+            quantised = elements * total.fp8 / total.elements
+            formula = f"{quantised:,.0f} elements x {FP8_COPIES:.3g} B"
+            ledger.hold(part, name, quantised * FP8_COPIES, formula)
     ledger.hold("weights", "routing biases", total.buffers * 4, f"{total.buffers:,.0f} x 4 B")
     state = total.sharded(layout) if layout.zero >= 1 else total.elements
     masters = state - own if training.precision == "fp32" else state

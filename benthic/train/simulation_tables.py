@@ -19,6 +19,7 @@ from benthic.train.simulated_pipeline import Events, messages_sent
 
 TOLERANCE = 0.05
 """By which the planner's bytes of what stays may differ from what ranks hold."""
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 LIKE = find_device("h100")
 """The device of plans: every GPU holds the same, and its nodes have eight."""
 KEPT = {
@@ -115,8 +116,8 @@ def _line(name: str, *columns: str | float) -> str:
 
 def _told(size: float) -> str:
     """Bytes in the largest unit that leaves a whole number before the point."""
-    power = min(3, max(0, (int(size).bit_length() - 1) // 10))
-    return f"{size / 2 ** (10 * power):,.{2 * (power > 0)}f} {('B', 'KiB', 'MiB', 'GiB')[power]}" if size else "-"
+    power = min(len(UNITS) - 1, max(0, (int(size).bit_length() - 1) // 10))
+    return f"{size / 2 ** (10 * power):,.{2 * (power > 0)}f} {UNITS[power]}" if size else "-"
 
 
 def _of_experts(
@@ -163,5 +164,5 @@ def _of_copies(
             (held.routed, layout.expert_copies),
         )
     ]
-    gradients, weights = map(sum, zip(*planned, strict=True))
+    gradients, weights = (sum(one[index] for one in planned) for index in (0, 1))
     return (found.gradients, gradients), (found.weights, weights)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benthic.cli.main import main
 from benthic.config.parallel import ParallelConfig
 from benthic.errors import ConfigError, NumericsError
 from benthic.parallel.placement import Part
@@ -99,6 +100,12 @@ def test_a_block_with_a_copy_too_few_is_found(monkeypatch):
     assert error.value.message == (
         "the block of lm_head.weight that starts at [0, 0] is on 2 ranks, first 0; it should be on 3"
     )
+
+
+def test_a_check_that_fails_is_an_exit_code_and_a_name(monkeypatch, capsys):
+    monkeypatch.setattr(simulation, "copies", lambda row, seat: 3)
+    assert main(["train", "tiny", "--simulate-world", "4", "--batch.sequences", "32"]) == NumericsError.exit_code
+    assert "error: the block of lm_head.weight that starts at [0, 0] is on 1 ranks" in capsys.readouterr().err
 
 
 def test_a_rank_that_holds_another_block_is_found(monkeypatch):
