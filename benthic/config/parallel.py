@@ -128,6 +128,11 @@ class ParallelConfig(Settings):
         return inside // self.expert if inside % self.expert == 0 else 1
 
     @property
+    def lone_experts(self) -> bool:
+        """Whether no other rank holds what a rank has of the routed experts, though there are others."""
+        return self.expert_copies == 1 and (self.expert > 1 or self.tensor > 1)
+
+    @property
     def stages_per_rank(self) -> int:
         """Parts of the model a rank holds: 2 in the schedules that run through the ranks and back."""
         return 2 if self.schedule in MIRRORED and self.pipeline > 1 else self.chunks
@@ -148,8 +153,13 @@ class ParallelConfig(Settings):
     @property
     def least_micro_batches(self) -> int:
         """How many micro-batches the schedule needs."""
-        least = {"1f1b": self.pipeline, "dualpipev": 2 * self.pipeline}
-        return least.get(self.schedule, 1) if self.pipeline > 1 else 1
+        return self.pipeline if self.schedule == "1f1b" else 1
+
+    def schedule_for(self, micro_batches: int) -> Schedule:
+        """The schedule of an update of so many micro-batches a rank: fewer than DualPipeV's 2 x pipeline go through
+        its stages, which lie on the same ranks, as zero-bubble V."""
+        few = self.schedule == "dualpipev" and micro_batches < 2 * self.pipeline
+        return "zbv" if few else self.schedule
 
     def check_model(self, config: ModelConfig) -> None:
         """Raise ConfigError naming the axis that does not fit the model, and the values that would."""

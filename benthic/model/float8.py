@@ -95,15 +95,15 @@ def keep_no_copies(model: nn.Module) -> None:
     hold them all."""
     for module in model.modules():
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            for one in _copies_of(module):
+            for one in copies_of(module):
                 one.may_keep = False
 
 
 def _copies(model: nn.Module) -> Iterator[WeightCopies]:
-    return chain.from_iterable(map(_copies_of, model.modules()))
+    return chain.from_iterable(map(copies_of, model.modules()))
 
 
-def _copies_of(module: nn.Module) -> Iterator[WeightCopies]:
+def copies_of(module: nn.Module) -> Iterator[WeightCopies]:
     return (one for one in vars(module).values() if isinstance(one, WeightCopies))
 
 

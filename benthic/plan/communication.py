@@ -1,9 +1,9 @@
 """What ranks send each other: expert exchange, gradients and weights, pipeline borders, tensor and context parallelism.
 
-Expert exchange. A token is sent over the network once for each *node* that holds one of its experts and forwarded
-inside the node once for each *device* (DeepSeek-V3 report, section 3.2.2), so the numbers that matter are the
-expected distinct nodes and devices of a token's K experts. Group-limited routing keeps M of G groups of experts,
-and with one group a node (V3) a token reaches at most M nodes.
+Expert exchange. The trainer sends a token once to each *device* that holds one of its experts. DeepSeek's kernels send
+it over the network once for each *node* and forward it inside (DeepSeek-V3 report, section 3.2.2). So the numbers that
+matter are the expected distinct nodes and devices of a token's K experts. Group-limited routing keeps M of G groups of
+experts, and with one group a node (V3) a token reaches at most M nodes.
 """
 
 from __future__ import annotations
@@ -61,22 +61,57 @@ class Exchange:
 
 
 def expert_exchange(
-    config: ModelConfig, layout: ParallelConfig, device: Device, element_bytes: float, group_limit: bool = True
+    config: ModelConfig, layout: ParallelConfig, device: Device, row_bytes: float, group_limit: bool = True
 ) -> Exchange:
-    """Sending a token's hidden state to its experts' devices, or gathering it back, at `element_bytes` an element."""
+    """Sending a token as a row of so many bytes to its experts' devices, or gathering it back: once to each device,
+    wherever it is, as the trainer's all-to-all does."""
     if layout.expert == 1:
         return Exchange(1.0, 1.0, 0.0, 0.0)
-    inside = min(layout.expert, device.devices_per_node)
-    nodes = max(1, layout.expert // inside)
-    reached_nodes = expected_places(config, nodes, group_limit)
-    reached_devices = expected_places(config, layout.expert, group_limit)
-    row = config.hidden_size * element_bytes
+    inside, nodes, reached_nodes, reached_devices = _reached(config, layout, device, group_limit)
     return Exchange(
         nodes=reached_nodes,
         devices=reached_devices,
-        network_bytes=reached_nodes * (1 - 1 / nodes) * row,
-        node_bytes=reached_devices * (1 - 1 / inside) * row,
+        network_bytes=reached_devices * (1 - 1 / nodes) * row_bytes,
+        node_bytes=reached_devices * (inside - 1) / layout.expert * row_bytes,
     )
+
+
+def forwarded_exchange(
+    config: ModelConfig, layout: ParallelConfig, device: Device, row_bytes: float, group_limit: bool = True
+) -> Exchange:
+    """The same by DeepSeek's own kernels: once over the network to each node, and on to devices inside it."""
+    if layout.expert == 1:
+        return Exchange(1.0, 1.0, 0.0, 0.0)
+    inside, nodes, reached_nodes, reached_devices = _reached(config, layout, device, group_limit)
+    return Exchange(
+        nodes=reached_nodes,
+        devices=reached_devices,
+        network_bytes=reached_nodes * (1 - 1 / nodes) * row_bytes,
+        node_bytes=reached_devices * (1 - 1 / inside) * row_bytes,
+    )
+
+
+def _reached(
+    config: ModelConfig, layout: ParallelConfig, device: Device, group_limit: bool
+) -> tuple[int, int, float, float]:
+    """Expert ranks inside a node, nodes of them, and how many of both a token reaches."""
+    inside = min(layout.expert, device.devices_per_node)
+    nodes = max(1, layout.expert // inside)
+    reached = expected_places(config, nodes, group_limit), expected_places(config, layout.expert, group_limit)
+    return inside, nodes, *reached
+
+
+def exchange_rows(config: ModelConfig, narrow: bool) -> dict[str, float]:
+    """Bytes a row of each exchange of the trainer's expert layers: tokens go with their K choices, a number and a
+    weight of 4 bytes each, in FP8 if `narrow`; results and all gradients are bf16."""
+    states = BF16_ELEMENT * config.hidden_size
+    choices = 8.0 * config.num_experts_per_tok
+    return {
+        "tokens": (FP8_ELEMENT * config.hidden_size if narrow else states) + choices,
+        "results": states,
+        "gradients of results": states,
+        "gradients of tokens": states + choices,
+    }
 
 
 def group_bandwidth(device: Device, ranks: int) -> float:
@@ -90,6 +125,24 @@ def scatter_bytes(size: float, ranks: int) -> float:
     return size * (ranks - 1) / ranks
 
 
+def synchronisation_bytes(
+    layout: ParallelConfig, ranks: int, weight_bytes: float, gradient_bytes: float, micro_batches: int
+) -> tuple[float, float]:
+    """Bytes a rank sends in a step to keep copies of its parameters equal: of gradients, and of weights.
+
+    `ranks` hold copies (or shards) of the same parameters. ZeRO 0: all-reduce of gradients. 1: reduce-scatter of
+    gradients, all-gather of weights. 2: the reduce-scatter comes with each micro-batch. 3: so do two all-gathers.
+    """
+    scatters, gathers = _times(layout, micro_batches)
+    return scatters * scatter_bytes(gradient_bytes, ranks), gathers * scatter_bytes(weight_bytes, ranks)
+
+
+def _times(layout: ParallelConfig, micro_batches: int) -> tuple[int, int]:
+    times = {0: (2, 0), 1: (1, 1), 2: (micro_batches, 1), 3: (micro_batches, 2 * micro_batches)}
+    # Without shards (replicate alone) nothing is divided, and gradients are all-reduced once.
+    return times[layout.zero if layout.shard > 1 else 0]
+
+
 def synchronisation_seconds(
     layout: ParallelConfig,
     device: Device,
@@ -98,19 +151,12 @@ def synchronisation_seconds(
     gradient_bytes: float,
     micro_batches: int,
 ) -> tuple[float, str]:
-    """Seconds to keep the copies of one rank's parameters equal over a step, not overlapped; and the formula.
-
-    `ranks` hold copies (or shards) of the same parameters. ZeRO 0: all-reduce of gradients. 1: reduce-scatter of
-    gradients, all-gather of weights. 2: the reduce-scatter comes with each micro-batch. 3: so do two all-gathers.
-    """
+    """Seconds that `synchronisation_bytes` take, not overlapped; and the formula."""
     if ranks == 1:
         return 0.0, "one copy"
     bandwidth = group_bandwidth(device, layout.ranks_in_stage)
-    gradients, weights = scatter_bytes(gradient_bytes, ranks), scatter_bytes(weight_bytes, ranks)
-    times = {0: (2, 0), 1: (1, 1), 2: (micro_batches, 1), 3: (micro_batches, 2 * micro_batches)}
-    # Without shards (replicate alone) nothing is divided, and gradients are all-reduced once.
-    scatters, gathers = times[layout.zero if layout.shard > 1 else 0]
-    seconds = (scatters * gradients + gathers * weights) / bandwidth
+    seconds = sum(synchronisation_bytes(layout, ranks, weight_bytes, gradient_bytes, micro_batches)) / bandwidth
+    scatters, gathers = _times(layout, micro_batches)
     formula = (
         f"({ranks} - 1) / {ranks} x ({scatters} x {gradient_bytes / 1e9:.3g} GB gradients + "
         f"{gathers} x {weight_bytes / 1e9:.3g} GB weights) / {bandwidth / 1e9:.3g} GB/s"
@@ -119,8 +165,9 @@ def synchronisation_seconds(
 
 
 def border_bytes(config: ModelConfig, tokens: float) -> float:
-    """Bytes that cross one pipeline border for one micro-batch in one direction: the hidden states in bf16."""
-    return tokens * config.hidden_size * BF16_ELEMENT
+    """Bytes that cross one pipeline border for one micro-batch in one direction: states in bf16, and beside them the
+    embedding where prediction layers, on the last stage, wait for it."""
+    return tokens * config.hidden_size * (2 if config.num_nextn_predict_layers else 1) * BF16_ELEMENT
 
 
 def tensor_parallel_bytes(config: ModelConfig, layout: ParallelConfig, tokens: float) -> float:

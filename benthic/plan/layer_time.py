@@ -19,7 +19,9 @@ from benthic.plan.communication import (
     BF16_ELEMENT,
     FP8_ELEMENT,
     context_parallel_bytes,
+    exchange_rows,
     expert_exchange,
+    forwarded_exchange,
     group_bandwidth,
     tensor_parallel_bytes,
 )
@@ -66,11 +68,13 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Overheads:
     """What a profile of the real system replaces. `memory_share` is the memory-bound share of compute time; None
-    counts kernels and their bytes. `group_limit` is whether routing keeps a token to few nodes."""
+    counts kernels and their bytes. `group_limit` is whether routing keeps a token to few nodes, `forwarding` whether
+    DeepSeek's kernels exchange: through one device of each node, gradients of results in FP8."""
 
     memory_share: float | None = None
     overlap_stall: float = OVERLAP_STALL
     group_limit: bool = True
+    forwarding: bool = False
     source: str = "bytes of each kernel over the bandwidth of its kind"
 
 
@@ -262,24 +266,37 @@ def _counted_traffic(
     ]
 
 
+def _exchange_seconds(
+    config: ModelConfig, training: Training, device: Device, layout: ParallelConfig, overheads: Overheads
+) -> tuple[float, float]:
+    """Seconds a token of an expert layer's exchanges, forward and backward."""
+    narrow, limit = training.precision == "fp8", overheads.group_limit
+    if overheads.forwarding:
+        width = config.hidden_size
+        sizes = width * (FP8_ELEMENT if narrow else BF16_ELEMENT), width * BF16_ELEMENT
+        seconds = sum(forwarded_exchange(config, layout, device, row, limit).seconds(device, 1) for row in sizes)
+        return seconds, seconds
+    rows = exchange_rows(config, narrow)
+    each = [expert_exchange(config, layout, device, row, limit).seconds(device, 1) for row in rows.values()]
+    return each[0] + each[1], each[2] + each[3]
+
+
 def _exchange(
     config: ModelConfig, training: Training, device: Device, layout: ParallelConfig, layer: int, overheads: Overheads
 ) -> list[Piece]:
     tokens = _call(training, layout).tokens
-    seconds = 0.0
+    there = back = 0.0
     if config.is_expert_layer(layer) and layout.expert > 1:
-        sent = FP8_ELEMENT if training.precision == "fp8" else BF16_ELEMENT
         rows = tokens / layout.tensor * (1 + training.expert_imbalance)
-        for element in (sent, BF16_ELEMENT):
-            exchange = expert_exchange(config, layout, device, element, overheads.group_limit)
-            seconds += exchange.seconds(device, rows)
+        there, back = (rows * seconds for seconds in _exchange_seconds(config, training, device, layout, overheads))
     if layout.tensor > 1:
-        seconds += tensor_parallel_bytes(config, layout, tokens) / group_bandwidth(device, layout.tensor)
+        summed = tensor_parallel_bytes(config, layout, tokens) / group_bandwidth(device, layout.tensor)
+        there, back = there + summed, back + summed
     around = 0.0
     if layout.context > 1:
         ranks = layout.context * layout.tensor
         around = context_parallel_bytes(config, layout, tokens) / group_bandwidth(device, ranks)
     return [
-        Piece("exchange", "forward exchange", seconds + around),
-        Piece("exchange", "backward exchange", seconds + 2 * around),
+        Piece("exchange", "forward exchange", there + around),
+        Piece("exchange", "backward exchange", back + 2 * around),
     ]

@@ -28,6 +28,11 @@ FP8_COPIES = 2 * (1 + 4 / 128**2)
 """Bytes of a quantised weight's copies in e4m3, as it lies and transposed, with a float32 scale a block."""
 
 
+STANDING = ("weights", "master weights", "moments", "gradients")
+"""Parts of a rank's memory that stay."""
+GATHERED, BEING_REDUCED = "gathered layers", "layer being reduced"
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingMemory(Breakdown):
     """Bytes on the fullest GPU at its highest `moment`; `rank` is its place in the pipeline."""
@@ -59,33 +64,56 @@ def training_memory(
     blocks = config.num_hidden_layers + config.num_nextn_predict_layers
     stages = stages or cut_layers(config, [1.0] * blocks, layout.stages)
     found = [
-        _memory_of_rank(config, training, layout, stages, rank, device) for rank in _different(config, layout, stages)
+        memory_of_rank(config, training, layout, stages, rank, device)
+        for rank in kinds_of_ranks(config, layout, stages)
     ]
     return max(found, key=lambda memory: memory.total)
 
 
-def _different(config: ModelConfig, layout: ParallelConfig, stages: Sequence[range]) -> list[int]:
-    """The first rank of each kind: of ranks that hold alike layers, none keeps more micro-batches than the first."""
-    kinds: dict[tuple, int] = {}
+def kinds_of_ranks(config: ModelConfig, layout: ParallelConfig, stages: Sequence[range]) -> dict[int, list[int]]:
+    """Places of the pipeline that hold alike layers, by the first of them: none keeps more micro-batches than it."""
+    kinds: dict[tuple, list[int]] = {}
     end = config.num_hidden_layers + config.num_nextn_predict_layers - 1
     for rank in range(layout.pipeline):
         layers = [layer for stage in stages_of_rank(layout, rank) for layer in stages[stage]]
         special = {0, end} & set(layers) | {layer for layer in layers if layer >= config.num_hidden_layers}
-        kinds.setdefault((*map(config.is_expert_layer, layers), *sorted(special)), rank)
-    return list(kinds.values())
+        kinds.setdefault((*map(config.is_expert_layer, layers), *sorted(special)), []).append(rank)
+    return {places[0]: places for places in kinds.values()}
 
 
-def _memory_of_rank(
+def memory_of_rank(
     config: ModelConfig, training: Training, layout: ParallelConfig, stages: Sequence[range], rank: int, device: Device
 ) -> TrainingMemory:
+    """Memory of pipeline rank `rank`; as `training_memory`'s."""
+    playback = _played(config, training, layout, stages, rank, device)
+    ledger = playback.ledger
+    terms = ledger.terms(playback.tokens)
+    lines = (*terms, *_allowances(sum(term.value for term in terms), device))
+    return TrainingMemory("bytes", lines, _assumptions(training, layout, device), ledger.highest, rank)
+
+
+def _played(
+    config: ModelConfig, training: Training, layout: ParallelConfig, stages: Sequence[range], rank: int, device: Device
+) -> Playback:
     held = pipeline_rank(config, layout, stages, rank)
     ledger = Ledger()
     _hold_states(ledger, held, training, layout)
     playback = Playback(config, training, layout, held, rank, ledger, device.logits_at_a_time)
     playback.play()
-    terms = ledger.terms(playback.tokens)
-    lines = (*terms, *_allowances(sum(term.value for term in terms), device))
-    return TrainingMemory("bytes", lines, _assumptions(training, layout, device), ledger.highest, rank)
+    return playback
+
+
+def standing_memory(
+    config: ModelConfig, training: Training, layout: ParallelConfig, stages: Sequence[range], rank: int
+) -> dict[str, float]:
+    """Bytes that do not come and go with micro-batches, by name, as they lie at the end of an update's last backward:
+    weights in what they are used in, gradients, masters, moments, average. Not what FSDP gathers for a layer."""
+    alive = _played(config, training, layout, stages, rank, DEVICES["h200"]).ledger.alive
+    return {
+        name: size
+        for (part, name), size in alive.items()
+        if isinstance(name, str) and part in STANDING and name not in (GATHERED, BEING_REDUCED) and size
+    }
 
 
 def _allowances(allocated: float, device: Device) -> list[Term]:
@@ -98,29 +126,41 @@ def _allowances(allocated: float, device: Device) -> list[Term]:
 
 
 def _hold_states(ledger: Ledger, held: Rank, training: Training, layout: ParallelConfig) -> None:
-    """Weights, master weights, moments; and the layers FSDP has gathered or is about to reduce."""
+    """Weights, master weights, moments; and the layers FSDP has gathered or is about to reduce.
+
+    What several ranks hold are FSDP's float32 blocks, the masters, beside which whole weights stay gathered up to ZeRO
+    2. Of a lone process, and of experts that no other rank holds, float32 weights are their own masters.
+    """
     total = held.total
-    sharded = total.sharded(layout)
-    resident = sharded if layout.zero >= 3 else total.elements
+    own = total.elements if layout.world == 1 else total.routed if layout.lone_experts else 0.0
+    gathered = 0.0 if layout.zero >= 3 and layout.pipeline == 1 else total.elements - own
     each = 4.0 if training.precision == "fp32" else 2.0
+    resident = own + gathered
     ledger.hold("weights", "weights", resident * each, f"{resident:,.0f} elements x {each:.3g} B")
     if training.precision == "fp8":
-        quantised = resident * total.fp8 / total.elements
-        formula = f"{quantised:,.0f} elements x {FP8_COPIES:.3g} B"
-        ledger.hold("weights", "weights in FP8, both ways round", quantised * FP8_COPIES, formula)
+        # Made once an update of what stays; of what FSDP gathers, with each use, and backward reads what forward made.
+        staying = resident if layout.world == 1 or layout.pipeline > 1 else own
+        remade = 0.0 if training.recomputation == "layer" else total.elements - staying
+        for part, name, elements in (
+            ("weights", "weights in FP8, both ways round", staying),
+            ("activations", "weights in FP8, from forward to backward", remade),
+        ):
+            quantised = elements * total.fp8 / total.elements
+            formula = f"{quantised:,.0f} elements x {FP8_COPIES:.3g} B"
+            ledger.hold(part, name, quantised * FP8_COPIES, formula)
     ledger.hold("weights", "routing biases", total.buffers * 4, f"{total.buffers:,.0f} x 4 B")
-    state = sharded if layout.zero >= 1 else total.elements
-    if training.precision != "fp32":
-        ledger.hold("master weights", "master weights", state * 4, f"{state:,.0f} elements x 4 B")
+    state = total.sharded(layout) if layout.zero >= 1 else total.elements
+    masters = state - own if training.precision == "fp32" else state
+    ledger.hold("master weights", "master weights", masters * 4, f"{masters:,.0f} elements x 4 B")
     moment = 2 if training.bf16_moments else 4
     ledger.hold("moments", "moments", state * 2 * moment, f"{state:,.0f} elements x 2 x {moment} B")
     if training.averaged_weights:
         ledger.hold("moments", "averaged weights", state * 4, f"{state:,.0f} elements x 4 B")
     layer = held.largest_layer
     if layout.zero >= 3 and layout.dense_shards > 1:
-        ledger.hold("weights", "gathered layers", 2 * layer * each, f"2 layers of {layer:,.0f} elements x {each:.3g} B")
+        ledger.hold("weights", GATHERED, 2 * layer * each, f"2 layers of {layer:,.0f} elements x {each:.3g} B")
     if layout.zero >= 2 and layout.dense_shards > 1:
-        ledger.hold("gradients", "layer being reduced", layer * 4, f"{layer:,.0f} elements x 4 B")
+        ledger.hold("gradients", BEING_REDUCED, layer * 4, f"{layer:,.0f} elements x 4 B")
 
 
 def _assumptions(training: Training, layout: ParallelConfig, device: Device) -> tuple[str, ...]:

@@ -103,7 +103,10 @@ class Playback:
 
     def _hold_gradient(self, name: str, each: float) -> None:
         block = self.held.blocks[name]
-        elements = block.sharded(self.layout) if self.layout.zero >= 2 else block.elements
+        layout = self.layout
+        # A lone micro-batch's gradients are split as they come, except in a pipeline.
+        split = layout.zero + (self.training.micro_batches == layout.pipeline == 1) >= 2
+        elements = block.sharded(layout) if split else block.elements
         self.ledger.hold("gradients", "gradients", (each - self.gradients.get(name, 0.0)) * elements)
         self.gradients[name] = each
 
@@ -114,7 +117,7 @@ class Playback:
             return
         before = self.gradients.get(name, 0.0)
         fresh = self.size * (block.elements if together else block.largest)
-        if not before and self._stays():
+        if not before and self._stays(name):
             # As its product wrote it: nothing is copied.
             self._hold_gradient(name, self.size)
             self.ledger.moment(moment, **workspace)
@@ -125,9 +128,10 @@ class Playback:
             fresh = 2 * self.size * block.largest
         self.ledger.moment(moment, weight_gradient=fresh if self.size < _FULL or before else 0, **workspace)
 
-    def _stays(self) -> bool:
-        """Whether a first micro-batch's gradient is kept in the dtype it was computed in."""
-        return self.size == _FULL or self.layout.world == 1
+    def _stays(self, name: str) -> bool:
+        """Whether a first micro-batch's gradient of a block is kept in the dtype it was computed in."""
+        alone = self.layout.world == 1 or (self.layout.lone_experts and name.startswith("experts"))
+        return self.size == _FULL or alone
 
     def _forward(self) -> None:
         if self.held.first:

@@ -130,7 +130,9 @@ class Replay:
 def replay(config: ModelConfig | None = None) -> Replay:
     """Predict DeepSeek-V3's run."""
     config, device = config or ModelConfig.from_pretrained("deepseek-v3"), DEVICES["h800"]
-    overheads = Overheads(memory_share=MEMORY_SHARE, source=f"{MEMORY_SHARE:.1%} of compute time, DeepSeek's trace")
+    overheads = Overheads(
+        memory_share=MEMORY_SHARE, forwarding=True, source=f"{MEMORY_SHARE:.1%} of compute time, DeepSeek's trace"
+    )
     fitting = {length: _fitting(config, device, length, batch) for length, batch in LARGEST_BATCH.items()}
     phases = []
     for name, tokens, sequences, length in _stretches():

@@ -60,8 +60,12 @@ def v2_lite() -> TrainConfig:
 def deepseek_v3() -> TrainConfig:
     """DeepSeek-V3 (arXiv:2412.19437, section 4.2): 671B parameters and one prediction layer, 14.8T tokens, in FP8.
 
-    Over 1,024 GPUs: two replicas of 512 ranks, experts over 64. The report's own layout has a pipeline, which the
-    planner knows: `benthic plan deepseek-v3 --layout pp=16,schedule=dualpipe,fsdp=128,zero=1,ep=64`.
+    Over 2,048 GPUs as section 3.2 lays them out: 16 pipeline ranks, experts over 64 ranks (8 nodes), optimiser states
+    split over the 128 ranks that read different sequences (ZeRO-1), no tensor parallelism. DualPipe holds the model
+    twice; DualPipeV has its bubble and holds it once. The batch begins at 3,072 sequences (section 4.2), 24
+    micro-batches of one sequence a rank, where DualPipe and DualPipeV on 16 ranks take 32 or more; the report does not
+    say how its first updates ran. Here those up to 4,096 sequences, the first 39 of 14,800 billion tokens, run as
+    zero-bubble V on the same stages (`ParallelConfig.schedule_for`), and no size of a batch is changed.
     """
     return TrainConfig(
         name="deepseek-v3",
@@ -110,7 +114,7 @@ def deepseek_v3() -> TrainConfig:
         checkpoint=CheckpointConfig(every=500, asynchronous=True, export_weights="fp8"),
         precision=PrecisionConfig(compute="float8", moments="bfloat16"),
         memory=MemoryConfig(recomputation="up_projections"),
-        parallel=ParallelConfig(replicate=2, shard=512, expert=64),
+        parallel=ParallelConfig(pipeline=16, schedule="dualpipev", shard=128, zero=1, expert=64),
     )
 
 

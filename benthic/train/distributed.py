@@ -142,27 +142,43 @@ def stage_layers(config: TrainConfig) -> tuple[range, ...]:
 def build_model(config: TrainConfig, world: World, device: torch.device) -> tuple[LanguageModel, Pipeline | None]:
     """The model, allocated on `device`: whole where this process is alone, this rank's part otherwise; and the pipeline
     that its stages are in, where there is one."""
-    alone, dtype = world.size == 1, compute_dtype(config)
-    model = LanguageModel(config.model, device if alone else torch.device("meta"), dtype)
-    in_float8: tuple[str, ...] = ()
-    if config.precision.compute == "float8":
-        from benthic.model.float8 import use_float8
-
-        in_float8 = use_float8(model).quantised
-        _require_pieces(config, in_float8)
-    if alone:
+    dtype = compute_dtype(config)
+    if world.size == 1:
+        model = LanguageModel(config.model, device, dtype)
+        _in_float8(model, config)
         return model, None
-    sections = laid_out(model, config, world, dtype, in_float8)
-    if in_float8:
-        from benthic.model.float8 import keep_no_copies
-
-        keep_no_copies(model)
+    model, sections, _ = cut_model(config, world)
     model.to_empty(device=device)
     if not sections:
         return model, None
     from benthic.train.pipeline import Pipeline
 
     return model, Pipeline(config, sections, dtype, world)
+
+
+def cut_model(config: TrainConfig, world: World) -> tuple[LanguageModel, dict[int, Section], tuple[str, ...]]:
+    """This rank's part of the model on the meta device, the sections of a pipeline that it holds, and the names of the
+    parameters that are multiplied in FP8."""
+    dtype = compute_dtype(config)
+    model = LanguageModel(config.model, torch.device("meta"), dtype)
+    in_float8 = _in_float8(model, config)
+    sections = laid_out(model, config, world, dtype, in_float8)
+    if in_float8 and not sections:  # between the micro-batches of a pipeline weights stay gathered, copies as well
+        from benthic.model.float8 import keep_no_copies
+
+        keep_no_copies(model)
+    return model, sections, in_float8
+
+
+def _in_float8(model: LanguageModel, config: TrainConfig) -> tuple[str, ...]:
+    """Make `model` compute in FP8 where the config says so; which parameters do."""
+    if config.precision.compute != "float8":
+        return ()
+    from benthic.model.float8 import use_float8
+
+    in_float8 = use_float8(model).quantised
+    _require_pieces(config, in_float8)
+    return in_float8
 
 
 def laid_out(

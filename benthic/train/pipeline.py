@@ -92,7 +92,7 @@ class Pipeline:
         self._config, self._sections, self._dtype, self._world = config, sections, dtype, world
         self._group: dist.ProcessGroup = world.dense["pipeline"].get_group()
         ranks = range(world.layout.pipeline)
-        self._owner = {stage: rank for rank in ranks for stage in stages_of_rank(world.layout, rank)}
+        self.owner = {stage: rank for rank in ranks for stage in stages_of_rank(world.layout, rank)}
         self._schedule: Any = None
         self._at_once = _makes_gradients_at_once(config)
         if self._at_once and world.layout.schedule in SPLITTING:
@@ -112,7 +112,7 @@ class Pipeline:
         count = len(batch.tokens) // self._config.batch.micro_sequences
         if self._schedule is None or self._schedule._n_microbatches != count:
             self._schedule = None  # its buffers go first
-            self._schedule = self._scheduled(count)
+            self._schedule = self.schedule(count)
         facts = {"tokens": batch.tokens, "documents": batch.documents}
         try:
             self._schedule.step(**facts, target=batch.tokens, return_outputs=False)
@@ -128,23 +128,31 @@ class Pipeline:
         found, routing = States(torch.empty(0), [], {}), {}
         passed: Tensor | None = None
         rank = self._group.rank()
-        for stage in range(len(self._owner)):
-            if self._owner[stage] != rank:
+        for stage in range(len(self.owner)):
+            if self.owner[stage] != rank:
                 continue
-            if stage and self._owner[stage - 1] != rank:
+            if stage and self.owner[stage - 1] != rank:
                 shape = (batch_size, length, width_passed(self._config.model))
                 passed = torch.empty(shape, dtype=self._dtype, device=self._world.device)
-                dist.recv(passed, group=self._group, group_src=self._owner[stage - 1])
+                dist.recv(passed, group=self._group, group_src=self.owner[stage - 1])
             found = self._sections[stage].states(batch, passed, num_predictions)
             passed = found.hidden
             routing |= found.routing
-            if stage + 1 in self._owner and self._owner[stage + 1] != rank:
-                dist.send(passed.contiguous(), group=self._group, group_dst=self._owner[stage + 1])
+            if stage + 1 in self.owner and self.owner[stage + 1] != rank:
+                dist.send(passed.contiguous(), group=self._group, group_dst=self.owner[stage + 1])
         return States(found.hidden, found.predictions, routing)
 
-    def _scheduled(self, micro_batches: int) -> Any:
-        """torch's schedule for so many micro-batches: it keeps buffers for each."""
+    def schedule(self, micro_batches: int) -> Any:
+        """torch's schedule for so many micro-batches: it keeps a buffer for each."""
         config, world = self._config, self._world
+        name = world.layout.schedule_for(micro_batches)
+        if name != world.layout.schedule:
+            logger.info(
+                "schedule %s for updates of %d micro-batches a rank: fewer than fill %s",
+                name,
+                micro_batches,
+                world.layout.schedule,
+            )
         shape = (config.batch.micro_sequences, config.data.sequence_length, width_passed(config.model))
         passed = torch.empty(shape, dtype=self._dtype, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
@@ -152,7 +160,7 @@ class Pipeline:
             _Stage(
                 section,
                 index,
-                len(self._owner),
+                len(self.owner),
                 world.device,
                 input_args=() if section.stage.begins else (passed,),
                 output_args=(loss if section.stage.ends else passed,),
@@ -161,7 +169,7 @@ class Pipeline:
             )
             for index, section in self._sections.items()
         ]
-        kind: Any = SCHEDULES[world.layout.schedule]
+        kind: Any = SCHEDULES[name]
         single = issubclass(kind, schedules.PipelineScheduleSingle)
         return kind(stages[0] if single else stages, micro_batches, loss_fn=_loss_itself, scale_grads=False)
 

@@ -1,15 +1,19 @@
 """A layout of thousands of ranks, tried in one process: the model itself on the meta device, cut as its ranks cut it.
 
 What is checked: that the blocks of all ranks make up every tensor exactly; that ranks built by FSDP, on a process group
-that sends nothing, hold what the arithmetic says; that what a rank keeps between updates is what the planner counted;
-and that in an exchange of tokens every send has its receive.
+that sends nothing, hold what the arithmetic says; that what each kind of rank keeps between micro-batches is what the
+planner counted; that a pipeline's sends and receives match and come in an order that ends; that in an exchange of
+tokens every send has its receive. And what a rank sends in an update is told, with the planner's figures beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,34 +22,42 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benthic.config.manifest import Parameter, parameters
 from benthic.config.train import TrainConfig
 from benthic.errors import ConfigError, NumericsError
+from benthic.log import logger
 from benthic.model.language_model import LanguageModel
-from benthic.ops.route import route
-from benthic.parallel.experts import without_repeats
 from benthic.parallel.mesh import Seat, description, require_supported
-from benthic.parallel.placement import local, part, parts
+from benthic.parallel.placement import copies, local, part, parts
 from benthic.parallel.world import World
-from benthic.plan.devices import find_device
-from benthic.plan.memory import training_memory
-from benthic.train.distributed import check_batches, check_pipeline, laid_out, stage_layers
-from benthic.train.fit import training_of
+from benthic.plan.holdings import stages_of_rank
+from benthic.plan.memory import kinds_of_ranks
+from benthic.plan.pipeline import cut_layers
+from benthic.train.distributed import (
+    check_batches,
+    check_pipeline,
+    compute_dtype,
+    cut_model,
+    sequences_at_a_time,
+    stage_layers,
+)
+from benthic.train.schedule import smallest
+from benthic.train.simulated_memory import kept
+from benthic.train.simulated_messages import Exchange, exchange, synchronisation
+from benthic.train.simulated_pipeline import (
+    Events,
+    events_of,
+    messages_sent,
+    require_matching,
+    require_progress,
+)
+from benthic.train.simulation_tables import Tried, memory_table, message_bytes, traffic_table
 
-TOLERANCE = 0.05
-"""By which the planner's bytes of what stays may differ from what ranks hold."""
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """One dispatch of an expert layer, of one group of expert ranks: rows a rank sends to others on average, the most
-    rows that one gets, and the bytes of a row."""
-
-    sent: float
-    most_received: int
-    row_bytes: int
+if TYPE_CHECKING:  # torch's pipelining takes a while to import
+    from benthic.train.pipeline import Section
 
 
 def simulate(config: TrainConfig) -> Iterator[str]:
     """Check the layout of `config` and say what was found, line by line. Raises ConfigError for a layout that does not
-    fit and NumericsError where a check fails."""
+    fit and NumericsError, which names a rank or a tensor, where a check fails."""
+    begun = time.monotonic()
     layout, model = config.parallel, config.model
     require_supported(layout, model, layout.world)
     check_pipeline(config)
@@ -64,105 +76,138 @@ def simulate(config: TrainConfig) -> Iterator[str]:
     if sorted(held) != sorted(row.name for row in rows):
         raise NumericsError(f"the stages of the pipeline hold {len(held):,} tensors, the model has {len(rows):,}")
     yield f"blocks: {len(rows):,} tensors are made up by their blocks exactly, over {layout.world:,} ranks"
-    built = sorted({0, layout.world // 2, layout.world - 1})
-    for rank in built:
-        _require_built(config, rank, stages)
-    yield f"ranks {', '.join(map(str, built))} built by FSDP hold the blocks they should"
-    yield _compared_with_plan(config, rows, seats)
-    if layout.expert > 1:
-        found = exchange(config)
-        yield (
-            f"exchange: {found.sent:,.0f} rows of {found.row_bytes:,} bytes leave a rank for others in a dispatch, the "
-            f"fullest rank of a group gets {found.most_received:,}; every send has its receive"
-        )
+    cut = stages or tuple(cut_layers(model, [1.0] * (model.num_hidden_layers + model.num_nextn_predict_layers), 1))
+    places = kinds_of_ranks(model, layout, cut)
+    first = {
+        place: _try(config, place * layout.ranks_in_stage, stages, len(alike) * layout.ranks_in_stage)
+        for place, alike in places.items()
+    }
+    last = sorted({layout.world // 2, layout.world - 1} - {one.rank for one in first.values()})
+    for rank in last:
+        _try(config, rank, stages, 1)
+    built = ", ".join(map(str, sorted({*last, *(one.rank for one in first.values())})))
+    yield f"ranks {built} built by FSDP hold the blocks they should"
+    yield from memory_table(config, cut, first)
+    if stages:
+        yield from _pipeline(config, stages, first[0].programs)
+    found = exchange(config) if layout.expert > 1 else None
+    if found is not None:
+        yield _told(found)
+    yield from traffic_table(config, cut, first, counts(config)[-1], found)
+    yield f"simulated in {time.monotonic() - begun:.0f} s, in one process"
 
 
 def _kinds(rows: list[Parameter]) -> list[Parameter]:
     """One row of every shape that is cut in its own way."""
-    return list({(row.shape, row.part == "routed", row.group == "routing_bias"): row for row in rows}.values())
+
+    def cut(row: Parameter) -> tuple:
+        return row.shape, row.part == "routed", row.group == "routing_bias", row.shard_axis
+
+    return list({cut(row): row for row in rows}.values())
 
 
 def _require_tiled(row: Parameter, seats: list[Seat]) -> None:
-    holders: dict[tuple, int] = {}
+    holders: dict[tuple, list[int]] = {}
     for seat in seats:
         block = part(row, seat)
         if all(block.size):
-            holders[block.start, block.size] = holders.get((block.start, block.size), 0) + 1
+            holders.setdefault((block.start, block.size), []).append(seat.rank)
     covered = sum(prod(size) for _, size in holders)
     starts = {start for start, _ in holders}
-    if covered != row.size or len(starts) != len(holders) or len(set(holders.values())) != 1:
+    if covered != row.size or len(starts) != len(holders):
         raise NumericsError(f"the blocks of {row.name} cover {covered:,} of {row.size:,} elements, or some twice")
+    expected = len(seats) if row.group == "routing_bias" else copies(row, seats[0])
+    for (start, _), ranks in holders.items():
+        if len(ranks) != expected:
+            raise NumericsError(
+                f"the block of {row.name} that starts at {list(start)} is on {len(ranks)} ranks, first {ranks[0]}; it "
+                f"should be on {expected}"
+            )
 
 
-def _require_built(config: TrainConfig, rank: int, stages: Sequence[range]) -> None:
-    layout, model = config.parallel, config.model
+@contextmanager
+def _pretending(rank: int, size: int) -> Iterator[None]:
+    """Inside, this process is one of many that never answer, and says less than a run would."""
     if dist.is_initialized():
         raise ConfigError("a layout is simulated by a process that is part of none")
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        world = World(layout, torch.device("cpu"), stages)
-        built = LanguageModel(model, torch.device("meta"), torch.float32)
-        laid_out(built, config, world, torch.bfloat16)
-        expected = parts(model, world)
-        found = dict(built.named_parameters())
-        wanted = {row.name for row in parameters(model) if row.name in expected and row.group != "routing_bias"}
-        if found.keys() != wanted:
-            raise NumericsError(f"rank {rank} has built {len(found)} tensors; it should hold {len(wanted)}")
-        for name, parameter in found.items():
-            if tuple(local(parameter).shape) != expected[name].size:
-                shape = list(local(parameter).shape)
-                raise NumericsError(f"rank {rank} holds {shape} of {name}; its block is {list(expected[name].size)}")
+        yield
     finally:
         dist.destroy_process_group()
+        logger.setLevel(level)
 
 
-def _compared_with_plan(config: TrainConfig, rows: list[Parameter], seats: list[Seat]) -> str:
-    compute = "bfloat16" if config.precision.compute == "auto" else config.precision.compute
-    training = training_of(config, compute)
-    stages = seats[0].stages or None
-    planned = training_memory(config.model, training, config.parallel, stages, find_device("h100"))
-    mine = [seat for seat in seats if seat.pipeline_rank == planned.rank]
-    states = 4 + 2 * (2 if training.bf16_moments else 4) + 4 * training.averaged_weights
-    fullest = max(_held(rows, seat) for seat in (mine[0], mine[-1]))
-    # Weights in float32 are their own masters.
-    masters = "weights" if training.precision == "fp32" else "master weights"
-    expected = sum(line.value for line in planned.lines if line.name in (masters, "moments", "averaged weights"))
-    difference = fullest * states / expected - 1
-    told = (
-        f"memory: what updates need takes {fullest * states / 2**30:.2f} GiB on the fullest rank, planned "
-        f"{expected / 2**30:.2f} GiB ({difference:+.1%})"
+def _try(config: TrainConfig, rank: int, stages: Sequence[range], alike: int) -> Tried:
+    with _pretending(rank, config.parallel.world):
+        world = World(config.parallel, torch.device("cpu"), stages)
+        built, sections, in_float8 = cut_model(config, world)
+        _require_blocks(built, config, world)
+        programs = _programs(config, sections, world)
+        sent = synchronisation(built.parameters(), config, counts(config)[-1])
+        return Tried(rank, alike, kept(built, config, world, in_float8), sent, programs)
+
+
+def programs_of(config: TrainConfig) -> dict[int, dict[int, Events]]:
+    """What each rank of a pipeline does in the smallest and in the largest update, by its number of micro-batches."""
+    stages = stage_layers(config)
+    with _pretending(0, config.parallel.world):
+        world = World(config.parallel, torch.device("cpu"), stages)
+        _, sections, _ = cut_model(config, world)
+        return _programs(config, sections, world)
+
+
+def _programs(config: TrainConfig, sections: Mapping[int, Section], world: World) -> dict[int, dict[int, Events]]:
+    if not sections:
+        return {}
+    from benthic.train.pipeline import Pipeline
+
+    pipeline = Pipeline(config, dict(sections), compute_dtype(config), world)
+    return {
+        count: events_of(pipeline.schedule(count), config.parallel.schedule_for(count), pipeline.owner)
+        for count in counts(config)
+    }
+
+
+def counts(config: TrainConfig) -> list[int]:
+    """Micro-batches a rank of the smallest and of the largest update."""
+    unit = sequences_at_a_time(config)
+    share = config.batch.micro_sequences * config.parallel.data
+    least = max(1, int(smallest(config.batch.sequences)) // unit) * unit
+    return sorted({least // share, int(config.batch.sequences.peak) // share})
+
+
+def _require_blocks(built: LanguageModel, config: TrainConfig, world: World) -> None:
+    expected, rank = parts(config.model, world), world.rank
+    found = dict(built.named_parameters())
+    wanted = {row.name for row in parameters(config.model) if row.name in expected and row.group != "routing_bias"}
+    if found.keys() != wanted:
+        other = sorted(found.keys() ^ wanted)[0]
+        raise NumericsError(f"rank {rank} has built {len(found)} tensors; it should hold {len(wanted)}; first {other}")
+    for name, parameter in found.items():
+        if tuple(local(parameter).shape) != expected[name].size:
+            shape = list(local(parameter).shape)
+            raise NumericsError(f"rank {rank} holds {shape} of {name}; its block is {list(expected[name].size)}")
+
+
+def _pipeline(config: TrainConfig, stages: Sequence[range], programs: dict[int, dict[int, Events]]) -> Iterator[str]:
+    layout = config.parallel
+    owners = {stage: place for place in range(layout.pipeline) for stage in stages_of_rank(layout, place)}
+    for count, events in programs.items():
+        require_matching(events, owners, count)
+        require_progress(events, len(stages))
+        messages = sum(map(messages_sent, events.values()))
+        yield (
+            f"pipeline: {count} micro-batches a rank under {layout.schedule_for(count)} are {messages:,} messages of "
+            f"{message_bytes(config):,} bytes between its ranks; each is received, and their order comes to an end"
+        )
+
+
+def _told(found: Exchange) -> str:
+    rows = ", ".join(f"{size:,.0f} of {what}" for what, size in found.row_bytes.items())
+    return (
+        f"exchange: {found.sent:,.0f} rows leave a rank for others in a layer and micro-batch, the fullest rank of a "
+        f"group gets {found.most_received:,}; every send has its receive; bytes a row: {rows}"
     )
-    if abs(difference) > TOLERANCE:
-        raise NumericsError(f"{told}: more than {TOLERANCE:.0%} apart")
-    return f"{told}; {planned.total / 2**30:.1f} GiB planned with all that comes and goes"
-
-
-def _held(rows: list[Parameter], seat: Seat) -> int:
-    return sum(prod(part(row, seat).size) for row in rows if row.group != "routing_bias" and seat.holds(row))
-
-
-@torch.no_grad()
-def exchange(config: TrainConfig) -> Exchange:
-    """Dispatch a micro-batch of every rank of one group, routed by the model's rule from random scores."""
-    model, ranks = config.model, config.parallel.expert
-    shared = config.parallel.context * config.parallel.tensor
-    tokens = config.batch.micro_sequences * config.data.sequence_length // shared
-    stream = torch.Generator().manual_seed(config.seed)
-    bias = torch.zeros(model.n_routed_experts) if model.has_routing_bias else None
-    held = model.n_routed_experts // ranks
-    sent = torch.zeros(ranks, ranks, dtype=torch.int64)
-    received = torch.zeros(ranks, ranks, dtype=torch.int64)
-    for rank in range(ranks):
-        chosen = route(torch.randn(tokens, model.n_routed_experts, generator=stream), bias, model).experts
-        towards = without_repeats(chosen // held)
-        sent[rank] = towards[towards >= 0].bincount(minlength=ranks)
-        # What each rank gets: the tokens that chose any of its experts.
-        for other in range(ranks):
-            received[other, rank] = (chosen // held == other).any(1).sum()
-    if not torch.equal(sent, received.t()):
-        raise NumericsError("rows that are sent in an exchange are not those that are received")
-    away = float(sent.sum() - sent.diagonal().sum()) / ranks
-    width = model.hidden_size
-    narrow = config.precision.compute == "float8"
-    row_bytes = width + 4 * -(-width // 128) if narrow else 2 * width
-    return Exchange(away, int(received.sum(1).max()), row_bytes)

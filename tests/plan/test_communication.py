@@ -12,8 +12,10 @@ from benthic.errors import ConfigError
 from benthic.plan.communication import (
     BF16_ELEMENT,
     context_parallel_bytes,
+    exchange_rows,
     expected_places,
     expert_exchange,
+    forwarded_exchange,
     scatter_bytes,
     synchronisation_seconds,
     tensor_parallel_bytes,
@@ -53,20 +55,35 @@ def test_places_that_do_not_divide_the_experts_are_refused():
         expected_places(V3, 7)
 
 
-def test_exchange_counts_remote_nodes_over_the_network_once():
-    exchange = expert_exchange(V3, V3_LAYOUT, H800, BF16_ELEMENT)
+def test_deepseek_s_exchange_goes_over_the_network_once_a_node():
+    exchange = forwarded_exchange(V3, V3_LAYOUT, H800, 7168 * BF16_ELEMENT)
     assert exchange.network_bytes == pytest.approx(4 * 7 / 8 * 7168 * 2)
-    without = expert_exchange(V3, V3_LAYOUT, H800, BF16_ELEMENT, group_limit=False)
+    without = forwarded_exchange(V3, V3_LAYOUT, H800, 7168 * BF16_ELEMENT, group_limit=False)
     assert without.network_bytes > 1.3 * exchange.network_bytes
     assert without.seconds(H800, 4096) > exchange.seconds(H800, 4096)
 
 
+def test_the_trainer_s_exchange_sends_a_row_once_to_each_rank():
+    exchange = expert_exchange(V3, V3_LAYOUT, H800, 100.0)
+    assert exchange.network_bytes + exchange.node_bytes == pytest.approx(expected_places(V3, 64) * 63 / 64 * 100)
+    assert exchange.network_bytes == pytest.approx(expected_places(V3, 64) * 56 / 64 * 100)
+
+
+def test_tokens_travel_narrow_with_their_choices_and_the_rest_in_bfloat16():
+    assert exchange_rows(V3, narrow=True) == {
+        "tokens": 7168 + 4 * 56 + 8 * 8,
+        "results": 2 * 7168,
+        "gradients of results": 2 * 7168,
+        "gradients of tokens": 2 * 7168 + 8 * 8,
+    }
+
+
 def test_one_node_sends_nothing_over_the_network():
     layout = ParallelConfig(shard=8, expert=8)
-    exchange = expert_exchange(V3, layout, H800, BF16_ELEMENT)
+    exchange = expert_exchange(V3, layout, H800, 7168 * BF16_ELEMENT)
     assert exchange.network_bytes == 0
     assert exchange.node_bytes > 0
-    assert expert_exchange(V3, ParallelConfig(), H800, BF16_ELEMENT).node_bytes == 0
+    assert expert_exchange(V3, ParallelConfig(), H800, 7168 * BF16_ELEMENT).node_bytes == 0
 
 
 def test_sharding_costs_one_and_a_half_times_the_traffic_of_replication():

@@ -40,9 +40,14 @@ def test_kernel_rates_give_back_the_shares_of_the_trace(kind):
     assert 4 * seconds[kind] == pytest.approx(TRACE[kind] * 0.124, rel=0.08)
 
 
-def test_the_exchange_is_the_same_both_ways_and_absent_on_one_gpu():
-    pieces = layer_pieces(V3, TRAINING, H800, LAYOUT, 30, Overheads())
-    there, back = (sum(p.seconds for p in pieces if p.phase == f"{way} exchange") for way in ("forward", "backward"))
+def exchanges(pieces):
+    return (sum(p.seconds for p in pieces if p.phase == f"{way} exchange") for way in ("forward", "backward"))
+
+
+def test_the_exchange_sends_gradients_wider_than_tokens_except_by_deepseek_s_kernels_and_nothing_on_one_gpu():
+    there, back = exchanges(layer_pieces(V3, TRAINING, H800, LAYOUT, 30, Overheads()))
+    assert back > 1.3 * there > 0
+    there, back = exchanges(layer_pieces(V3, TRAINING, H800, LAYOUT, 30, Overheads(forwarding=True)))
     assert there == back > 0
     alone = layer_pieces(V3, TRAINING, H800, ParallelConfig(), 30, Overheads())
     assert sum(piece.seconds for piece in alone if piece.part == "exchange") == 0

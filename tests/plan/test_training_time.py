@@ -65,13 +65,13 @@ def test_faster_memory_and_links_never_slow_a_step_down():
 def test_dualpipe_hides_the_exchange_that_1f1b_shows():
     training = Training(4096, 1, 120, "fp8", True, "up_projections")
     plain = ParallelConfig.parse("pp=16,fsdp=128,zero=1,ep=64")
-    shown = step_time(V3, training, H800, plain, 15360, Overheads(memory_share=0.261))
+    shown = step_time(V3, training, H800, plain, 15360, Overheads(memory_share=0.261, forwarding=True))
     dual = plain.replace(schedule="dualpipe")
-    hidden = step_time(V3, training, H800, dual, 15360, Overheads(memory_share=0.261))
+    hidden = step_time(V3, training, H800, dual, 15360, Overheads(memory_share=0.261, forwarding=True))
     assert hidden.by_part["exposed communication"] < 0.4 * shown.by_part["exposed communication"]
     assert hidden.by_part["bubble"] < 0.5 * shown.by_part["bubble"]
     assert hidden.total < shown.total
-    unlimited = Overheads(memory_share=0.261, group_limit=False)
+    unlimited = Overheads(memory_share=0.261, forwarding=True, group_limit=False)
     free = step_time(V3, training, H800, plain, 15360, unlimited)
     assert free.by_part["exposed communication"] > 1.2 * shown.by_part["exposed communication"]
 

@@ -176,5 +176,12 @@ def test_a_batch_that_does_not_fill_the_pipeline_is_refused():
 
 def test_a_batch_that_fills_the_pipeline_only_when_it_has_grown_is_refused():
     growing = Schedule(peak=8, start=0.25, phases=(Phase(shape="linear", until=4, unit="steps"),))
-    with pytest.raises(ConfigError, match="2 micro-batches a rank do not fill schedule 'dualpipev', which needs 4"):
-        check_batches(a_run("pp=2,schedule=dualpipev", batch=BatchConfig(sequences=growing)))
+    with pytest.raises(ConfigError, match="2 micro-batches a rank do not fill schedule '1f1b', which needs 4"):
+        check_batches(a_run("pp=4", batch=BatchConfig(sequences=growing)))
+
+
+def test_updates_too_small_for_dualpipev_run_as_zbv():
+    growing = Schedule(peak=8, start=0.25, phases=(Phase(shape="linear", until=4, unit="steps"),))
+    config = a_run("pp=2,schedule=dualpipev", batch=BatchConfig(sequences=growing))
+    check_batches(config)
+    assert [config.parallel.schedule_for(count) for count in (2, 3, 4, 8)] == ["zbv", "zbv", "dualpipev", "dualpipev"]
