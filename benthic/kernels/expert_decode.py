@@ -4,8 +4,8 @@ Nothing is sorted. A program stands for one expert, or where there are fewer (to
 its expert, and a tile of rows of the expert's weights. It works for all pairs that chose the expert, unless there are
 none or an earlier pair's program does, with the weights as the tensor cores' rows and the tokens as their 16 or 32
 columns. A shared MLP, as wide as S experts, is S more of them that every token chose: its bytes travel with the others'
-and it costs no launch. Three launches: hidden rows, a row of outputs a pair, and the sum over choices in their order, so
-that results do not depend on what ran first. The host never waits.
+and it costs no launch. Three launches: hidden rows, a row of outputs a pair, and the sum over choices in their order,
+so that results do not depend on what ran first. The host never waits.
 
 Weights are bfloat16, or e4m3 with a float32 factor a block of 128 x 128 (DeepSeek-V3's checkpoints), turned into
 bfloat16 in registers.
@@ -21,7 +21,8 @@ MOST_PAIRS = 1024
 
 ROWS, STAGES = 32, 4
 """Rows of weights of a program. One token's 6 experts of 1,408 are 264 programs, two a multiprocessor, and 384 for the
-outputs; with 64 rows e4m3 weights would pass through registers before they reach the tensor cores, and nothing would be loaded ahead."""
+outputs. With 64 rows e4m3 weights would pass through registers before they reach the tensor cores, and nothing would be
+loaded ahead."""
 
 
 def few_token_experts(

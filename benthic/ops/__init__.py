@@ -6,6 +6,7 @@ from benthic.ops.expert_decode import few_token_experts
 from benthic.ops.experts import routed_experts
 from benthic.ops.float8_storage import experts_from_float8, linear_from_float8
 from benthic.ops.latent_heads import latent_heads
+from benthic.ops.likeliest import likeliest
 from benthic.ops.linear_cross_entropy import linear_cross_entropy
 from benthic.ops.norm import add_rms_norm, rms_norm
 from benthic.ops.paged_attention import (
@@ -33,6 +34,7 @@ __all__ = [
     "gather_latents",
     "gather_rows",
     "latent_heads",
+    "likeliest",
     "linear_cross_entropy",
     "linear_from_float8",
     "paged_attention",
