@@ -61,7 +61,7 @@ def test_a_size_that_came_once_is_served_by_a_larger_graph(monkeypatch):
     assert [run(9) for _ in range(PATIENCE)] == [12] * PATIENCE
     assert run(9) == 9
     assert run(10) == 12
-    assert run(5) == 5  # 9 rows are not worth 5
+    assert run(4) == 4  # 9 rows cost too much
     assert run(13) == 13
 
 
