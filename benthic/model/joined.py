@@ -10,7 +10,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,12 +17,20 @@ from benthic import ops
 from benthic.model.attention import LatentAttention
 from benthic.model.feed_forward import ExpertLayer, Experts, FeedForward
 from benthic.model.float8_storage import FLOAT8, SCALE_SUFFIX
+from benthic.model.primitive import Linear
 from benthic.numerics.reference.quantisation import BLOCK
 from benthic.ops.expert_decode import MOST_PAIRS
 from benthic.ops.route import Routing
 
 MOST_TOKENS = 32
 """The most that a program of the joint call works for at once: of more it would read the shared weights again."""
+
+
+class DecodingLinear(Linear):
+    """A projection that stands alone, for a token or many."""
+
+    def forward(self, input: Float[Tensor, "*tokens into"]) -> Float[Tensor, "*tokens out"]:
+        return super().forward(input) if torch.is_grad_enabled() else ops.few_token_linear(input, self.weight)
 
 
 class JoinedFeedForward(FeedForward):
@@ -67,7 +74,9 @@ def join_projections(model: nn.Module) -> None:
     """Lay weights that read the same input behind one another, in place, and let one product read them: projections
     without biases, and in FP8 those whose blocks do not run into each other."""
     for module in model.modules():
-        if type(module) is ExpertLayer:
+        if type(module) is Linear and module.bias is None:
+            module.__class__ = DecodingLinear
+        elif type(module) is ExpertLayer:
             module.__class__ = JoinedExpertLayer
         elif type(module) is FeedForward and _lay(module.gate_proj, module.up_proj):
             module.__class__ = JoinedFeedForward
@@ -110,7 +119,7 @@ def _product(x: Tensor, first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Te
             return None
         out = ops.linear_from_float8(x, weight, scales)
     else:
-        out = F.linear(x, weight)
+        out = ops.few_token_linear(x, weight)
     one, other = out.split_with_sizes((first.out_features, second.out_features), -1)
     return one, other
 

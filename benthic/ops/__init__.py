@@ -4,6 +4,7 @@ from benthic.ops.attention import absorbed_attention, attention, causal_mask, do
 from benthic.ops.cache_write import turn_and_write_keys, turn_and_write_latents
 from benthic.ops.expert_decode import few_token_experts
 from benthic.ops.experts import routed_experts
+from benthic.ops.few_token_linear import few_token_linear
 from benthic.ops.float8_storage import experts_from_float8, linear_from_float8
 from benthic.ops.latent_heads import latent_heads
 from benthic.ops.likeliest import likeliest
@@ -31,6 +32,7 @@ __all__ = [
     "document_mask",
     "experts_from_float8",
     "few_token_experts",
+    "few_token_linear",
     "gather_latents",
     "gather_rows",
     "latent_heads",
