@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_PAIRS = 1024
+MOST_PAIRS = 2048
 """Every program looks through all pairs."""
 
 ROWS, STAGES = 32, 4
@@ -37,7 +37,7 @@ def few_token_experts(
     """x [T, D], experts [T, K], weights float32 [T, K], gate_up_proj [E, 2F, D], down_proj [E, D, F] -> [T, D].
 
     sum_k down(weights[t, k] * silu(gate x) * up x) of experts[t, k], in x's dtype; products are summed in float32.
-    T K may be up to 1,024. With shared_gate_up [2 S F, D] and shared_down [D, S F], their MLP's output is added.
+    T K may be up to 2,048. With shared_gate_up [2 S F, D] and shared_down [D, S F], their MLP's output is added.
     """
     shared = None if shared_gate_up is None or shared_down is None else (shared_gate_up, shared_down)
     return _run(x, experts, weights, gate_up_proj, None, down_proj, None, shared)

@@ -93,5 +93,5 @@ def test_the_same_call_gives_the_same_bits(device):
 def test_nothing_to_do_and_too_much(device):
     x, experts, weights, *rest = arguments_of(1, 2, 4, 64, 32, device)
     assert kernels.few_token_experts(x[:0], experts[:0], weights[:0], *rest).shape == (0, 64)
-    with pytest.raises(ValueError, match=r"1200 choices of experts; this kernel is for up to 1024"):
-        kernels.few_token_experts(*arguments_of(600, 2, 4, 64, 32, device))
+    with pytest.raises(ValueError, match=r"2400 choices of experts; this kernel is for up to 2048"):
+        kernels.few_token_experts(*arguments_of(1200, 2, 4, 64, 32, device))
