@@ -78,8 +78,8 @@ class Graphs:
         known: Tensor | None = None,
         source: tuple[Tensor, Sequence[int]] | None = None,
     ) -> Any:
-        """What the function returns, for rounded-up rows; valid until the next run of this size. With a `source`, token
-        i is not that of the stretches but stands in row source[1][i] of source[0], on the device."""
+        """What the function returns, for rounded-up rows; valid until the next run of this size or of less. With a
+        `source`, token i is not that of the stretches but stands in row source[1][i] of source[0], on the device."""
         size = _size(stretches)
         captured = self._captured.get(size) or self._stand_in(size)
         if captured is None:
