@@ -1,6 +1,7 @@
-"""torchtitan 0.2.2 on the same model, batch and GPU: what it is given to read, how it is started, what it reports.
+"""torchtitan 0.2.2 on the same model, batch and GPUs: what it is given to read, how it is started, what it reports.
 
-Its balanced routing is forced, and its own figure (`tps`) is averaged over steps 15 to 25, when compilation is over.
+Its balanced routing is forced, and its own figure (`tps`, of a GPU) is averaged over steps 15 to 25, when compilation
+is over. On several ranks weights are split over all of them (FSDP2), and experts too (its expert parallelism).
 Documents are longer than a sequence, so that its document mask leaves causal attention whole, as ours is.
 """
 
@@ -34,13 +35,14 @@ def missing() -> list[str]:
     return [name for name in MODULES if find_spec(name) is None]
 
 
-def prepare(folder: Path, arm: Arm) -> None:
-    """Write the tokenizer, the text, the model's config and the job, all in `folder`."""
+def prepare(folder: Path, arm: Arm, ranks: int = 1) -> None:
+    """Write the tokenizer, the text, the model's config and the job, all in `folder`. `arm.batch` is a rank's."""
     config = model_config(arm.model)
+    tokens = STEPS * ranks * arm.batch * (arm.sequence_length + 1)
     write_tokenizer(folder / "tokenizer", config.vocab_size)
-    write_text(folder / "corpus", config.vocab_size, STEPS * arm.batch * (arm.sequence_length + 1) * 3 // 2, arm.seed)
+    write_text(folder / "corpus", config.vocab_size, tokens * 3 // 2, arm.seed)
     (folder / "model.json").write_text(json.dumps(config_to_published(config)))
-    (folder / "job.toml").write_text(job(arm))
+    (folder / "job.toml").write_text(job(arm, ranks))
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
@@ -76,7 +78,7 @@ def write_text(folder: Path, vocabulary: int, tokens: int, seed: int) -> None:
             file.write(json.dumps({"text": " ".join(f"w{number}" for number in numbers)}) + "\n")
 
 
-def job(arm: Arm) -> str:
+def job(arm: Arm, ranks: int = 1) -> str:
     """torchtitan's job file; its paths are relative to the folder that it runs in."""
     sections = {
         "job": {"dump_folder": "out", "description": "benthic's benchmark"},
@@ -89,7 +91,7 @@ def job(arm: Arm) -> str:
             "dataset": "c4_test", "dataset_path": "corpus", "local_batch_size": arm.batch,
             "seq_len": arm.sequence_length, "max_norm": 1.0, "steps": STEPS, "dtype": arm.states,
         },
-        "parallelism": {"data_parallel_shard_degree": -1},
+        "parallelism": {"data_parallel_shard_degree": -1, "expert_parallel_degree": ranks},
         "activation_checkpoint": {"mode": "none"},
         "compile": {"enable": True, "components": ["model", "loss"]},
         "checkpoint": {"enable": False},
@@ -102,13 +104,17 @@ def job(arm: Arm) -> str:
     )
 
 
-def command() -> list[str]:
-    """How it is started, in its folder."""
-    return [sys.executable, "-m", "torchtitan.train", "--job.config_file", "job.toml"]
+def command(ranks: int = 1) -> list[str]:
+    """How it is started, in its folder; of several ranks the first one's lines are printed."""
+    job = ["-m", "torchtitan.train", "--job.config_file", "job.toml"]
+    if ranks == 1:
+        return [sys.executable, *job]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *together, "--local-ranks-filter", "0", *job]
 
 
 def environment(folder: Path, root: Path, arm: Arm) -> dict[str, str]:
-    """One rank of one, offline, with benthic importable for the flavour."""
+    """One rank of one, unless torchrun says otherwise; offline, with benthic importable for the flavour."""
     path = os.pathsep.join(part for part in (str(root), os.environ.get("PYTHONPATH", "")) if part)
     return os.environ | {
         "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache"),
@@ -125,7 +131,7 @@ def _free_port() -> int:
 
 
 def read_log(text: str) -> dict[str, Any]:
-    """Speed over steps 15 to 25 and the highest reserved memory in it, from what torchtitan printed.
+    """A GPU's speed over steps 15 to 25 and the highest reserved memory in it, from what torchtitan printed.
 
     Each line tells the speed since the line before, so the first counted one starts at step 16. Raises RunError where
     the run did not get there.

@@ -1,136 +1,202 @@
-"""Full updates on several GPUs of one host, each with as many tokens as one GPU has alone; and the exchange by itself.
+"""Weak scaling on the GPUs of one host, each with as many tokens as one GPU has alone, beside torchtitan.
 
-    torchrun --standalone --nproc-per-node 1 -m benchmarks.weak_scaling bf16 "" one.json
-    torchrun --standalone --nproc-per-node 2 -m benchmarks.weak_scaling bf16 fsdp=2,ep=2 two.json
+    python -m benchmarks.weak_scaling RESULT_FILE [ARM ...]
 
-The second's `tokens_per_second`, divided by twice the first's, is the weak-scaling efficiency. Arms are those of
-train_arms.py, layouts as `ParallelConfig.parse` reads them.
+Every arm is a run of torchrun (weak_scaling_arm.py). Efficiency is an arm's speed on two GPUs divided by twice that of
+the same arm on one. It is told only where the arm has computed what one GPU computes: losses, gradient norms and
+experts' loads of the first updates, which have the same weights and batch under every layout.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
+from benchmarks import torchtitan_peer
+from benchmarks.gpu_timing import require_gpu
 from benchmarks.machine import describe
-from benchmarks.train_arm import GIB, timed_steps
-from benchmarks.train_arms import ARMS, Arm, train_config
-from benthic.config.manifest import parameters
-from benthic.config.parallel import ParallelConfig
-from benthic.config.train import TrainConfig
-from benthic.data import Batch
+from benchmarks.train_arms import ARMS
+from benchmarks.train_gpu import ROOT, last_words
+from benthic.errors import ConfigError, RunError, did_you_mean
 from benthic.files import write_atomic
 from benthic.log import logger, to_stderr
-from benthic.model.language_model import LanguageModel
-from benthic.parallel.exchange import Splits, exchanged
-from benthic.parallel.placement import local
-from benthic.parallel.world import World, joined
-from benthic.train.balance import max_violation
-from benthic.train.distributed import build_model, own_device
-from benthic.train.optimizer import Optimizer
-from benthic.train.schedule import Place
-from benthic.train.step import Launched, Update, finish, launch
+
+RANKS = 2
+SECONDS = 150
+"""An arm that takes longer is stopped and recorded as an error; torchtitan compiles first and gets half as much
+again."""
+NEAR = {"bfloat16": (1e-3, 1e-2, 1e-2), "float8": (2e-3, 3e-2, 3e-2)}
+"""How near a loss and a gradient norm are to one GPU's, as a share of it, and what share of tokens' choices may differ:
+sums in another order, rounded to the type that is computed in, turn some choices that were nearly even."""
 
 
-def measure(arm: Arm, layout: str, kind: str) -> dict[str, Any]:
-    """Warm up and time updates over the ranks torchrun started. `arm.batch` is a rank's."""
-    parallel = ParallelConfig.parse(layout)
-    config = train_config(arm).replace(parallel=parallel)
-    device = own_device(kind)
-    with joined(parallel, config.model, device) as world:
-        step = make_step(config, arm, world, device)
-        for _ in range(arm.warm_up):
-            step()
-        seconds, last = timed_steps(step, arm.steps, kind)
-        tokens = arm.batch * arm.sequence_length * parallel.data
-        low, middle, high = quantiles(seconds, n=4, method="inclusive")
-        found = {
-            "arm": arm.model_dump(),
-            "layout": str(parallel),
-            "ranks": parallel.world,
-            "step_seconds": {"median": middle, "first_quartile": low, "third_quartile": high},
-            "tokens_per_second": tokens / middle,
-            "loss": last.loss,
-            "max_violation": [round(float(max_violation(load)), 3) for load in last.loads.values()],
-            "memory_gib": torch.cuda.max_memory_allocated() / GIB if kind == "cuda" else None,
-        }
-        if parallel.expert > 1:
-            found["exchange"] = exchange_rate(config, world, kind)
-        return found
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An arm of train_arms.py on some ranks, beside the run on one GPU that it is compared with."""
+
+    arm: str
+    layout: str
+    alone: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Processes."""
+        return 1 if self.alone is None else RANKS
 
 
-def make_step(config: TrainConfig, arm: Arm, world: World, device: torch.device) -> Callable[[], Update]:
-    """A function that makes the next update of this rank, on a new batch each time, launched ahead on a GPU."""
-    model = build_model(config, world, device)
-    fill(model, config.seed + world.rank)
-    moments = config.precision.moments
-    optimizer = Optimizer(model, config.optimizer, moments, world=world)
-    stream = torch.Generator().manual_seed(config.seed + world.rank)
-    failures = Path(tempfile.gettempdir()) / "benthic-bench-failures"
-    ahead: Launched | None = None
-
-    def begin(before: Launched | None) -> Launched:
-        tokens = torch.randint(config.model.vocab_size, (arm.batch, arm.sequence_length + 1), generator=stream)
-        number = 1 if before is None else before.place.step + 1
-        place = Place(number, (number - 1) * arm.batch * arm.sequence_length * config.parallel.data, config.steps)
-        batch = Batch(tokens, torch.zeros_like(tokens))
-        return launch(model, optimizer, batch, place, config, before, world)
-
-    def step() -> Update:
-        nonlocal ahead
-        launched = ahead or begin(None)
-        ahead = begin(launched) if device.type == "cuda" else None
-        return finish(launched, failures, world)
-
-    return step
+RUNS: dict[str, Run] = {
+    "bf16 alone": Run("bf16", ""),
+    "bf16 fsdp=2,ep=2": Run("bf16", "fsdp=2,ep=2", "bf16 alone"),
+    "float8 alone": Run("float8", ""),
+    "float8 fsdp=2,ep=2": Run("float8", "fsdp=2,ep=2", "float8 alone"),
+    "bf16 dp=2": Run("bf16", "dp=2", "bf16 alone"),
+}
+PEER, BESIDE = "torchtitan fsdp=2,ep=2", "bf16 fsdp=2,ep=2"
 
 
-@torch.no_grad()
-def fill(model: LanguageModel, seed: int) -> None:
-    """First values as the manifest says, drawn where this rank's blocks are."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    torch.manual_seed(seed)
-    for row in parameters(model.config):
-        block = local(tensors[row.name])
-        if row.initialisation == "normal":
-            block.normal_(std=model.config.initializer_range)
+def measure(names: tuple[str, ...], output: Path) -> dict[str, Any]:
+    """Run the named arms, or all; `output` is rewritten after each, so that a run cut short keeps them. An arm's
+    failure is its row. Raises ConfigError without a GPU or for an unknown arm."""
+    require_gpu("weak scaling")
+    for name in names:
+        if name not in (*RUNS, PEER):
+            raise ConfigError(f"there is no arm {name!r}", did_you_mean(name, [*RUNS, PEER]))
+    document: dict[str, Any] = {"name": "weak_scaling", "links": links(), "arms": {}}
+    for name in names or (*RUNS, PEER):
+        logger.info("arm %s", name)
+        try:
+            found = run_peer() if name == PEER else run_arm(RUNS[name])
+        except RunError as error:
+            found = {"error": error.message}
+        document["arms"][name] = found
+        document |= conclusions(document["arms"])
+        write_atomic(output, json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def links() -> str | None:
+    """How the GPUs are linked, as the driver tells."""
+    try:
+        found = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return found.stdout
+
+
+def run_arm(run: Run) -> dict[str, Any]:
+    """One of benthic's arms in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "arm.json"
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.ranks)]
+        command = [*start, "-m", "benchmarks.weak_scaling_arm", run.arm, run.layout, str(RANKS), str(kept)]
+        told = _printed(command, SECONDS, ROOT, dict(os.environ))
+        if not kept.exists():
+            raise RunError(f"ended without a result: {last_words(told)}")
+        return json.loads(kept.read_text())
+
+
+def run_peer() -> dict[str, Any]:
+    """torchtitan on all GPUs, weights split over them and experts too; its speed is a GPU's, so it counts for each."""
+    if lacking := torchtitan_peer.missing():
+        raise RunError(f"torchtitan needs {', '.join(lacking)}")
+    arm = ARMS["torchtitan"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torchtitan_peer.prepare(folder, arm, RANKS)
+        environment = torchtitan_peer.environment(folder, ROOT, arm)
+        found = torchtitan_peer.read_log(_printed(torchtitan_peer.command(RANKS), SECONDS * 1.5, folder, environment))
+    return {
+        "machine": describe(("torch", "triton", "torchtitan")),
+        "arm": arm.model_dump(),
+        "version": metadata.version("torchtitan"),
+        "ranks": RANKS,
+        "tokens_per_second": RANKS * found.pop("tokens_per_second"),
+        "tokens_per_second_and_gpu_by_log": found.pop("tokens_per_second_by_log"),
+    } | found
+
+
+def _printed(command: list[str], seconds: float, folder: Path, environment: dict[str, str]) -> str:
+    """What `command` printed. RunError when it takes longer than `seconds`: torchrun is asked to end its processes,
+    which would keep the GPUs."""
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            return process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            told = process.communicate()[0]
+            raise RunError(f"stopped after {seconds:.0f} s: {last_words(told)}") from None
+
+
+def conclusions(arms: dict[str, Any]) -> dict[str, Any]:
+    """From what has been measured so far: where layouts disagree, the efficiency of those that agree, and how many
+    times as fast as torchtitan the first of them is."""
+    wrong: dict[str, str] = {}
+    efficiency: dict[str, float] = {}
+    done = {name: row for name, row in arms.items() if "error" not in row}
+    for name, run in RUNS.items():
+        if run.alone is None or name not in done or run.alone not in done:
+            continue
+        alone, spread = done[run.alone], done[name]
+        if found := disagreement(alone, spread, ARMS[run.arm].compute):
+            wrong[name] = found
         else:
-            block.fill_(1.0 if row.initialisation == "ones" else 0.0)
+            efficiency[name] = spread["tokens_per_second"] / (run.ranks * alone["tokens_per_second"])
+    beside = {}
+    if BESIDE in efficiency and PEER in done:
+        beside = {"times_torchtitan": done[BESIDE]["tokens_per_second"] / done[PEER]["tokens_per_second"]}
+    return {"disagreements": wrong, "efficiency": efficiency} | beside
 
 
-def exchange_rate(config: TrainConfig, world: World, kind: str) -> dict[str, float]:
-    """One dispatch of a rank's rows, evenly to all ranks of its group: GB/s that leave a rank for others, median."""
-    assert world.experts is not None
-    group: dist.ProcessGroup = world.experts["expert"].get_group()
-    ranks = group.size()
-    choices = config.batch.micro_sequences * config.data.sequence_length * config.model.num_experts_per_tok
-    piece = choices // ranks
-    rows = torch.zeros(piece * ranks, config.model.hidden_size, dtype=torch.bfloat16, device=world.device)
-    splits = Splits(group, [piece] * ranks, [piece] * ranks, piece * ranks)
-    with torch.no_grad():
-        for _ in range(3):
-            exchanged(rows, splits)
-        seconds, _ = timed_steps(lambda: exchanged(rows, splits), 10, kind)
-    away = rows.nbytes * (ranks - 1) / ranks
-    return {"bytes_away": away, "seconds": median(seconds), "gigabytes_per_second": away / median(seconds) / 1e9}
+def disagreement(alone: dict[str, Any], spread: dict[str, Any], compute: str) -> str | None:
+    """What of the compared updates is not near enough to one GPU's; None where all is."""
+    losses, norms, choices = NEAR[compute]
+    for number, (one, other) in enumerate(zip(alone["compared"], spread["compared"], strict=True), start=1):
+        for key, near in (("loss", losses), ("gradient_norm", norms)):
+            if not abs(other[key] / one[key] - 1) <= near:
+                return f"{key} of update {number} is {other[key]:.6g}, one GPU's {one[key]:.6g}"
+        pairs = [pair for both in zip(one["loads"], other["loads"], strict=True) for pair in zip(*both, strict=True)]
+        moved = sum(abs(a - b) for a, b in pairs) / 2 / max(1, sum(a for a, _ in pairs))
+        if not moved <= choices or sum(a for a, _ in pairs) != sum(b for _, b in pairs):
+            return f"{moved:.2%} of the choices of update {number} are other experts than on one GPU"
+    return None
 
 
-def main(arm: str, layout: str, kept: str) -> None:
-    """The process of one rank; rank 0 keeps the result."""
+def table(document: dict[str, Any]) -> str:
+    """The arms for a reader."""
+    lines = []
+    for name, row in document["arms"].items():
+        if "error" in row:
+            lines.append(f"{name:<24}{row['error'].splitlines()[-1][-200:]}")
+            continue
+        share = document["efficiency"].get(name)
+        told = [f"{row['tokens_per_second']:>10,.0f} tokens/s", "" if share is None else f"efficiency {share:.3f}"]
+        if exchange := row.get("exchange"):
+            told.append(f"exchange {exchange['gigabytes_per_second']:.0f} GB/s, {exchange['share_of_nvlink']:.0%}")
+            told.append(f"of NVLink's 450; a copy {exchange['copy_gigabytes_per_second']:.0f} GB/s")
+        lines.append(f"{name:<24}{'  '.join(told)}")
+    lines += [f"{name}: {what}" for name, what in document["disagreements"].items()]
+    if "times_torchtitan" in document:
+        lines.append(f"{BESIDE} is {document['times_torchtitan']:.2f} times as fast as {PEER}")
+    return "\n".join(lines) + "\n"
+
+
+def main(output: str, *names: str) -> int:
+    """Measure; 1 where an arm of benthic's failed or computed something else than one GPU."""
     to_stderr()
-    found = {"machine": describe(("torch", "triton"))} | measure(ARMS[arm], layout, "cuda")
-    if own_device("cuda").index in (0, None):
-        write_atomic(Path(kept), json.dumps(found, indent=1) + "\n")
-        logger.info("%s on %d: %.0f tokens/s", arm, found["ranks"], found["tokens_per_second"])
+    document = measure(names, Path(output))
+    sys.stdout.write(table(document))
+    failed = [name for name, row in document["arms"].items() if "error" in row and name != PEER]
+    return 1 if failed or document["disagreements"] else 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

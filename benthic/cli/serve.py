@@ -60,6 +60,8 @@ def main(arguments: list[str]) -> int:
 
     model = ModelConfig.from_pretrained(options.folder)
     tokenizer = Tokenizer.from_folder(options.folder)
+    if tokenizer.templates:
+        tokenizer.chat_template()  # one that does not compile is told now, and not with every chat
     engine = engine_settings(options, _ENGINE)
     config = ServeConfig(
         host=options.host,

@@ -22,7 +22,7 @@ class Limits(Settings):
 
     body_bytes: Positive = 4 * 2**20
     header_bytes: int = Field(64 * 2**10, ge=8192)
-    headers: Positive = 100
+    headers: int = Field(100, ge=1, le=100)
     json_depth: Positive = 64
     messages: Positive = 2048
     prompts: Positive = 128

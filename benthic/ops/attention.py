@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 
 def attention(
@@ -34,20 +33,27 @@ def attention(
     width = value.shape[-1]
     # Says so without an array: kernels skip what is not seen.
     later = mask is None and 1 < length < keys
-    if query.device.type == "cpu" and width < query.shape[-1]:
-        # The processor's fused kernel takes one width for all three; padding costs less than the S x L scores of the
-        # plain path.
+    if width < query.shape[-1] and (later or query.device.type == "cpu"):
+        # The processor's fused kernel takes one width for all three, and so does flash, the only fast one of a GPU that
+        # knows late queries. Padding costs less than the S x L scores of the plain path, or the slower kernel.
         value = F.pad(value, (0, query.shape[-1] - width))
     out = F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=causal_lower_right(length, keys) if later else None if mask is None else mask[:, None],
+        attn_mask=_last_positions(length, keys) if later else None if mask is None else mask[:, None],
         is_causal=mask is None and length > 1 and not later,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2)[..., :width]
+
+
+def _last_positions(length: int, keys: int) -> Tensor:
+    """Each of the last `length` of `keys` positions sees those up to its own; no array is made."""
+    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler along, a second of start-up
+
+    return causal_lower_right(length, keys)
 
 
 def absorbed_attention(

@@ -246,11 +246,13 @@ def as_distributed(row: Parameter, block: Tensor, world: World) -> Tensor:
     return DTensor(block.detach(), DTensorSpec(mesh, tuple(placements), tensor_meta=facts), requires_grad=False)
 
 
-def sum_gradients(model: nn.Module, is_last: bool, world: World) -> None:
-    """Before a micro-batch's backward: whether gradients are summed over ranks now. ZeRO 0 and 1 keep whole gradients
-    and sum them once an update; 2 and 3 split them, so they are summed each time."""
-    if isinstance(model, FSDPModule) and world.layout.zero < 2:
-        model.set_requires_gradient_sync(is_last)
+def before_backward(model: nn.Module, is_last: bool, world: World) -> None:
+    """What a micro-batch's backward is to leave. ZeRO 3 drops whole weights, and sums gradients over ranks, each time;
+    below it whole weights stay for the next micro-batch, and gradients that are kept whole (0 and 1) are summed once
+    an update."""
+    if isinstance(model, FSDPModule) and world.layout.zero < 3:
+        model.set_reshard_after_backward(is_last)
+        model.set_requires_gradient_sync(is_last or world.layout.zero == 2)
 
 
 def forget_gathered(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from benthic.serve.chat import chat
 from benthic.serve.completions import completions
-from benthic.serve.conversation import prompt_of, tokens_of
+from benthic.serve.conversation import prompt_of, refuse_many, tokens_of
 from benthic.serve.engine_client import State
 from benthic.serve.event_stream import while_connected
 from benthic.serve.guard import Guard
@@ -71,17 +71,19 @@ async def tokenize(request: Request, service: Service) -> Response:
     asked = await service.read(request, TokenizeRequest)
     if (asked.prompt is None) == (asked.messages is None):
         raise wrong("send one of prompt and messages", "prompt")
-    tokenizer = service.tokenizer
+    tokenizer, messages = service.tokenizer, asked.messages or []
+    refuse_many(messages, service.config.limits.messages)
     if asked.prompt is not None:
         add_bos = asked.add_special_tokens and tokenizer.add_bos_token
         ids = await while_connected(request, tokens_of(tokenizer, asked.prompt, add_bos))
     else:
-        conversation = prompt_of(tokenizer, asked.messages or [], add_generation_prompt=asked.add_generation_prompt)
+        conversation = prompt_of(tokenizer, messages, add_generation_prompt=asked.add_generation_prompt)
         ids = await while_connected(request, conversation)
     ready = service.client.ready
     content = TokenIds(len(ids), ready.longest if ready else None, ids)
     if asked.return_token_strs:
-        content.token_strs = [tokenizer.decode([one]) for one in ids]
+        spelled = {one: tokenizer.decode([one]) for one in set(ids)}
+        content.token_strs = [spelled[one] for one in ids]
     return Response(encode(content), media_type="application/json")
 
 

@@ -37,6 +37,12 @@ async def prompt_of(
         raise wrong(f"the messages cannot be put into the model's form: {error}", param) from None
 
 
+def refuse_many(messages: Sequence[Message], most: int, param: str = "messages") -> None:
+    """Raise Refusal 400 for more messages than are allowed."""
+    if len(messages) > most:
+        raise wrong(f"{len(messages)} messages; at most {most} are allowed", param)
+
+
 async def tokens_of(tokenizer: Tokenizer, text: str, add_bos: bool) -> list[int]:
     """Token ids of a plain text."""
     try:
@@ -66,6 +72,6 @@ def _plain(message: Message, place: int) -> dict[str, Any]:
 
 def _refuse_unread(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], param: str) -> None:
     """A template that does not read calls would leave them out without a word."""
-    source = next(iter(tokenizer.templates.values()), "")
+    source = tokenizer.templates.get("default", "")
     if "tool_calls" not in source and any("tool_calls" in message for message in messages):
         raise wrong("the chat template of this model knows no tool calls", param, "unsupported_parameter")

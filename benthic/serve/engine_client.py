@@ -150,22 +150,18 @@ class EngineClient:
             raise self._full(f"{self.answers} answers are on their way or wait; at most {most} may")
         return self.ready
 
-    async def submit(self, mailbox: Mailbox, prompt: list[int], sampling: Sampling, salt: str, first: int = 0) -> int:
-        """Ask for sampling.n answers, whose deltas come to `mailbox` numbered from `first` on; the number to cancel.
+    def submit(
+        self, mailbox: Mailbox, prompt: list[int], sampling: Sampling, salt: str, first: int = 0
+    ) -> tuple[int, asyncio.Future[None]]:
+        """Ask for sampling.n answers, whose deltas come to `mailbox` numbered from `first` on.
 
-        Returns once the engine took them in. Raises Refusal when it did not.
+        Returns the number to cancel, and what is done once the engine took them in, with a Refusal where it did not.
         """
-        self.require(sampling.n)
         number = next(self._numbers)
         admitted = asyncio.get_running_loop().create_future()
         self._outstanding[number] = _Outstanding(mailbox, first, sampling.n, admitted)
         self._send(Add(number, prompt, sampling, salt))
-        try:
-            await admitted
-        except asyncio.CancelledError:
-            self.cancel(number)
-            raise
-        return number
+        return number, admitted
 
     def cancel(self, number: int) -> None:
         """Nobody waits for these answers any more. They count until the engine says that they are gone."""

@@ -9,7 +9,7 @@ from collections import OrderedDict
 import msgspec
 
 from benthic.serve.form_process import LENGTH_BYTES, Question, Verdict, framed
-from benthic.serve.refusal import wrong
+from benthic.serve.refusal import unavailable, wrong
 from benthic.serve.sampling import Form
 
 REMEMBERED = 1024
@@ -31,10 +31,9 @@ class FormCheck:
         reason = self._known.get(question)
         if reason is None:
             async with self._turn:
-                reason = await self._ask(question)
-            self._known[question] = reason
-            if len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
+                reason = self._known.get(question)  # who had the turn before may have asked the same
+                if reason is None:
+                    reason = await self._ask(question)
         if reason:
             raise wrong(f"{form.param} cannot be used: {reason[:500]}", form.param, "invalid_schema")
 
@@ -46,10 +45,11 @@ class FormCheck:
             await process.wait()
 
     async def _ask(self, question: Question) -> str:
+        """A verdict, which is remembered, or why there is none, which a busy machine may be to blame for."""
+        process = await self._started()
         try:
-            process = await self._started()
             async with asyncio.timeout(self._seconds):
-                return await _exchange(process, question)
+                reason = await _exchange(process, question)
         except TimeoutError:
             await self.close()
             return f"it takes more than {self._seconds:g} s to compile"
@@ -59,10 +59,16 @@ class FormCheck:
         except asyncio.CancelledError:
             await self.close()  # its answer would be taken for that of the next question
             raise
+        self._known[question] = reason
+        if len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return reason
 
     async def _started(self) -> asyncio.subprocess.Process:
-        """A process that has answered once: its start does not count."""
-        if self._process is None:
+        """A process that has answered once: its start does not count. Raises Refusal 503 where none starts."""
+        if self._process is not None:
+            return self._process
+        try:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "benthic.serve.form_process"),
                 stdin=asyncio.subprocess.PIPE,
@@ -71,6 +77,12 @@ class FormCheck:
             )
             async with asyncio.timeout(STARTING_SECONDS):
                 await _exchange(self._process, Question("regex", "a"))
+        except (OSError, EOFError) as error:  # TimeoutError is an OSError
+            await self.close()
+            raise unavailable(f"the compiler of forms did not start: {error!r}", "forms_unavailable") from None
+        except asyncio.CancelledError:
+            await self.close()
+            raise
         return self._process
 
 

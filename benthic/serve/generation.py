@@ -32,10 +32,14 @@ class Generation:
         late = Refusal(504, f"the answer took longer than {seconds:g} s", "timeout_error", code="request_timeout")
         self._clock = asyncio.get_running_loop().call_later(seconds, self._mailbox.fail, late)
         self._is_bound = any(one.json_schema or one.regex or one.grammar for one in samplings)
-        first = 0
+        self._client.require(self._mailbox.missing)
+        first, admitted = 0, []
         for prompt, sampling in zip(prompts, samplings, strict=True):
-            self._numbers.append(await self._client.submit(self._mailbox, prompt, sampling, salt, first))
+            number, taken_in = self._client.submit(self._mailbox, prompt, sampling, salt, first)
+            self._numbers.append(number)
+            admitted.append(taken_in)
             first += sampling.n
+        await asyncio.gather(*admitted)
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """What is added to which answer. Raises Refusal where the engine fails, or one of the answers."""

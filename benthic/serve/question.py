@@ -8,7 +8,7 @@ from typing import NamedTuple
 from starlette.requests import Request
 
 from benthic.serve.answer_parts import thought_is_open
-from benthic.serve.conversation import prompt_of
+from benthic.serve.conversation import prompt_of, refuse_many
 from benthic.serve.event_stream import while_connected
 from benthic.serve.generation import Generation
 from benthic.serve.messages import Sampling
@@ -40,8 +40,7 @@ class Begun(NamedTuple):
 async def begin(request: Request, service: Service, asked: Drawing, question: Question, answers: int = 1) -> Begun:
     """Hand the question to the engine. Raises Refusal."""
     limits, toolbox, form = service.config.limits, question.toolbox, question.form
-    if len(question.messages) > limits.messages:
-        raise wrong(f"{len(question.messages)} messages; at most {limits.messages} are allowed", question.param)
+    refuse_many(question.messages, limits.messages, question.param)
     if form is not None and toolbox.must_call:
         raise wrong("an answer that must call a tool cannot be bound to another form", form.param, "invalid_value")
     ready = service.require(answers)

@@ -6,10 +6,13 @@ cache_salt and chat_template_kwargs are vLLM's. A parameter typed None is known 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first fault is its only one: a body has room for a million, and each would take a kilobyte."""
 Text = Annotated[str, Field(max_length=2**22)]
 ShortText = Annotated[str, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -46,7 +49,7 @@ class StructuredOutputs(Asked):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: Text | None = None
     grammar: Text | None = None
-    choice: list[ShortText] | None = Field(None, min_length=1, max_length=1024)
+    choice: Many[ShortText] | None = Field(None, min_length=1, max_length=1024)
 
 
 class Drawing(Asked):
@@ -62,8 +65,8 @@ class Drawing(Asked):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[TokenId] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     stream: bool | None = None
@@ -107,9 +110,9 @@ class Message(Asked):
     """One message of a conversation. What only answers have is taken back as OpenAI's client gives it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Many[TextPart] | None = None
     name: ShortText | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: ShortText | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
@@ -152,7 +155,7 @@ class AllowedNames(Asked):
     """Some of the tools, and whether one of them has to be called."""
 
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1)
+    tools: Many[NamedTool] = Field(min_length=1)
 
 
 class AllowedTools(Asked):
@@ -188,19 +191,19 @@ class TemplateArguments(Asked):
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
     reasoning_effort: Effort | None = None
     store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     metadata: None = None
     prediction: None = None
     audio: None = None
@@ -213,7 +216,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions. A prompt is text or token ids, one or several."""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | Many[Text] | Many[TokenId] | Many[Many[TokenId]]
     suffix: Text | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -234,7 +237,7 @@ class TokenizeRequest(Asked):
 
     model: ShortText | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Many[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -244,4 +247,4 @@ class DetokenizeRequest(Asked):
     """POST /detokenize."""
 
     model: ShortText | None = None
-    tokens: list[TokenId]
+    tokens: Many[TokenId]

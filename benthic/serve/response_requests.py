@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from benthic.serve.requests import Asked, Drawing, Effort, No, ShortText, Text
+from benthic.serve.requests import Asked, Drawing, Effort, Many, No, ShortText, Text
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -16,8 +16,8 @@ class InputText(Asked):
 
     type: Literal["input_text", "output_text"]
     text: Text
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+    annotations: Many[Any] | None = None
+    logprobs: Many[Any] | None = None
 
 
 class InputMessage(Asked):
@@ -25,7 +25,7 @@ class InputMessage(Asked):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[InputText]
+    content: Text | Many[InputText]
     id: ShortText | None = None
     status: ItemStatus | None = None
     phase: Literal["commentary", "final_answer"] | None = None
@@ -47,7 +47,7 @@ class FunctionCallOutput(Asked):
 
     type: Literal["function_call_output"]
     call_id: ShortText
-    output: Text | list[InputText]
+    output: Text | Many[InputText]
     id: ShortText | None = None
     status: ItemStatus | None = None
 
@@ -63,8 +63,8 @@ class Thought(Asked):
     """What the model thought before it answered, or called. There is no summary of it here to take back."""
 
     type: Literal["reasoning"]
-    content: list[ThoughtText] | None = None
-    summary: list[Any] = Field([], max_length=0)
+    content: Many[ThoughtText] | None = None
+    summary: Many[Any] = Field([], max_length=0)
     encrypted_content: None = None
     id: ShortText | None = None
     status: ItemStatus | None = None
@@ -110,7 +110,7 @@ class AllowedFunctions(Asked):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedFunction] = Field(min_length=1)
+    tools: Many[NamedFunction] = Field(min_length=1)
 
 
 class TextFormat(Asked):
@@ -147,15 +147,15 @@ class ResponseStreamOptions(Asked):
 class ResponsesRequest(Drawing):
     """POST /v1/responses."""
 
-    input: Text | list[InputItem] = Field(min_length=1)
+    input: Text | Many[InputItem] = Field(min_length=1)
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Many[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions | None = None
     parallel_tool_calls: bool | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: Many[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     metadata: (
         Annotated[

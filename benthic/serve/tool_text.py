@@ -49,7 +49,7 @@ class ToolText:
             case _Place.ARGUMENTS:
                 self._end_arguments(found)  # what is held is the beginning of the end
             case _Place.SECTION:
-                _say(found, held.strip())
+                _say(found, held.rstrip())
             case _Place.TEXT:
                 _say(found, held)
         self._place = _Place.TEXT
@@ -65,7 +65,10 @@ class ToolText:
                 self._place = {format_.begin: _Place.SECTION, format_.call_begin: _Place.HEADER}.get(mark, _Place.TEXT)
             case _Place.SECTION:
                 before, mark = self._split((format_.call_begin, format_.end))
-                _say(found, before.strip())
+                # White space around calls is dropped, but not between the words of what is no call.
+                said = before.rstrip()
+                _say(found, said)
+                self._held = ("" if mark else before[len(said) :]) + self._held
                 self._place = {format_.call_begin: _Place.HEADER, format_.end: _Place.TEXT}.get(mark, _Place.SECTION)
             case _Place.HEADER:
                 return self._read_header(found)
@@ -79,12 +82,12 @@ class ToolText:
 
     def _read_header(self, found: list[Part]) -> bool:
         header, mark, rest = self._held.partition(self._format.opening)
-        if not mark:
-            if len(header) <= LONGEST_HEADER and self._format.call_end not in header:
-                return False
-            function = None
-        else:
-            function = self._format.function_of(header) if self._format.call_end not in header else None
+        # The mark may have begun: a header is as long as it is, in whichever pieces it comes.
+        length = len(header) - (0 if mark else begun_of(self._format.opening, header))
+        could_be_one = length <= LONGEST_HEADER and self._format.call_end not in header
+        if could_be_one and not mark:
+            return False
+        function = self._format.function_of(header) if could_be_one else None
         if function is None:
             # Not a call: its mark is text, and so is what follows.
             _say(found, self._format.call_begin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from benthic.text.tool_format import ToolFormat, tool_format
 
 _JSON = {"x-guidance": {"whitespace_pattern": r"( |\n {0,32})?"}}
 _ANYTHING = r"/(.|\n)*/"
+_ESCAPED = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
+"""What would end a regular expression in Lark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,7 @@ def toolbox_of(tools: Sequence[Tool], choice: Choice, tokenizer: Tokenizer, limi
     if strange is not None:
         raise wrong(f"tool_choice names {strange!r}, which is not one of tools", "tool_choice", "invalid_value")
     callable_ = tuple(tool for tool in tools if choice.names is None or tool.function.name in choice.names)
-    format_ = tool_format(next(iter(tokenizer.templates.values()), ""))
+    format_ = tool_format(tokenizer.templates.get("default", ""))
     if format_ is None:
         raise wrong("the chat template of this model takes no tools", "tools", "unsupported_parameter")
     if choice.mode == "none":
@@ -186,7 +189,7 @@ def _body(form: Form) -> str:
         case "json_schema":
             return f"%json {json.dumps(_JSON | _as_object(form.text))}"
         case "regex":
-            escaped = form.text.replace("/", r"\/").replace("\n", r"\n")
+            escaped = re.sub(r"(?s)\\.|/|\n", lambda found: _ESCAPED.get(found[0], found[0]), form.text)
             return f"/{escaped}/"
     raise wrong(f"{form.param} goes neither with a thought nor with tools", form.param, "unsupported_parameter")
 

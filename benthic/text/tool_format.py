@@ -35,15 +35,13 @@ class ToolFormat:
     def function_of(self, header: str) -> str | None:
         """The function that a header names; None where it is not a header."""
         function = header.strip()
-        if self.prefix:
-            # R1 writes other types than "function" at times; what stands behind the separator is the name.
-            mark = self.prefix.removeprefix("function") or self.prefix
-            before, found, function = function.rpartition(mark)
-            if not found and not self.numbers:
-                return None
-            function = function if found else before or header.strip()
         if self.numbers:
-            function = function.partition(":")[0]
+            function = function.removeprefix(self.prefix).partition(":")[0]
+        elif self.prefix:
+            # R1 writes other types than "function" at times; what stands behind the separator is the name.
+            _, found, function = function.rpartition(_SEPARATOR)
+            if not found:
+                return None
         function = function.strip()
         return (
             function

@@ -170,6 +170,15 @@ class _Stage(PipelineStage):
         """torch 2.11 greets the neighbours of a stage, of which one can be this rank; gloo cannot send there."""
         return [one for one in super()._get_init_p2p_neighbors_ops() if one.group_peer != self.group_rank]
 
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """torch adds these gradients to `grad` by itself, so that hooks which wait for them (the optimiser's sums of a
+        bfloat16 parameter's gradients) do not hear of it."""
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        for parameter in self.submod.parameters():
+            if parameter.grad is not None:
+                for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                    hook(parameter)
+
 
 class _WithLoss(torch.autograd.Function):
     """States as they are; backward also begins at a loss that they do not lead to."""

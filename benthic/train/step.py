@@ -22,7 +22,7 @@ from benthic.errors import NumericsError
 from benthic.files import write_atomic
 from benthic.model.float8 import weights_unchanged
 from benthic.model.language_model import LanguageModel
-from benthic.parallel.placement import forget_gathered, sum_gradients
+from benthic.parallel.placement import before_backward, forget_gathered
 from benthic.parallel.world import ALONE, World
 from benthic.train.balance import move_biases, of_all_layers, scaled_speed
 from benthic.train.disk import publish_folder, write_tensors
@@ -146,7 +146,7 @@ def _one_after_another(
     parts: list[Losses] = []
     micros = list(micro_batches(batch, config.batch.micro_sequences))
     for micro in micros:
-        sum_gradients(model, micro is micros[-1], world)
+        before_backward(model, micro is micros[-1], world)
         part = losses(model, micro, scale, config.data.mask_documents, weight, config.balance, world)
         part.total.backward()
         part.total = part.total.detach()

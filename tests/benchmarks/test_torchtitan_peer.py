@@ -106,3 +106,14 @@ def test_it_is_started_alone_offline_and_can_import_the_flavour(tmp_path):
     assert environment["PYTHONPATH"].split(":")[0] == str(tmp_path / "checkout")
     assert environment[peer.MODEL_FILE] == str(tmp_path / "model.json")
     assert peer.command() == [sys.executable, "-m", "torchtitan.train", "--job.config_file", "job.toml"]
+
+
+def test_several_ranks_share_experts_and_read_as_many_texts_more(tmp_path):
+    peer.prepare(tmp_path, Arm(trainer="torchtitan", model="tiny", batch=1, sequence_length=8192), 2)
+    job = tomllib.loads((tmp_path / "job.toml").read_text())
+    assert job["parallelism"] == {"data_parallel_shard_degree": -1, "expert_parallel_degree": 2}
+    texts = (tmp_path / "corpus" / "data.json").read_text().splitlines()
+    assert len(texts) * 100_000 >= 2 * peer.STEPS * 8193
+    command = peer.command(2)
+    assert command[command.index("--nproc-per-node") + 1] == "2"
+    assert command[-3:] == ["torchtitan.train", "--job.config_file", "job.toml"]

@@ -67,3 +67,13 @@ def test_queries_behind_keys_of_others_see_all_keys_up_to_their_own(dtype):
     both = [(one, *torch.autograd.grad(one, leaves, direction)) for one in (found, expected)]
     for ours, theirs in zip(*both, strict=True):
         assert (ours - theirs).norm() <= (1e-4 if dtype == torch.float32 else 1e-2) * theirs.norm()
+
+
+def test_late_queries_run_flash_and_not_the_slower_kernel():
+    query, key, expanded = model_inputs(1, 256, 4, torch.bfloat16)
+    with torch.profiler.profile(acc_events=True) as profile:
+        out = ops.attention(query[:, 128:], key, expanded[..., 128:], 192**-0.5)
+        torch.autograd.grad(out, (query, key, expanded), torch.ones_like(out))
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention" in names
+    assert "aten::_scaled_dot_product_flash_attention_backward" in names

@@ -160,3 +160,22 @@ def test_generated_answers_of_which_there_are_500_are_the_same_split_at_every_by
         for cut in range(len(ids) + 1):
             assert parts_of(texts_of(ids, cut), tail, format_) == whole
         assert parts_of(list(text), tail, format_) == whole
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda one: one.name)
+def test_words_between_calls_keep_their_spaces_in_any_pieces(format_):
+    first, second = (call(format_, name, "{}", number) for number, name in enumerate("fg"))
+    text = f"{format_.begin}{first}\nand then  this one: {second} {format_.end}"
+    wanted = ("", "\nand then  this one:", [("f", "{}"), ("g", "{}")])
+    assert parts_of([text], tools=format_) == wanted
+    assert parts_of(text, tools=format_) == wanted
+
+
+@pytest.mark.parametrize("more", range(-1, 3))
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda one: one.name)
+def test_a_header_is_as_long_as_it_is_in_any_pieces(format_, more):
+    name = "f" * (LONGEST_HEADER + more - len(format_.header("", 0)))
+    text = section(format_, (name, "{}"))
+    whole = parts_of([text], tools=format_)
+    assert parts_of(text, tools=format_) == whole
+    assert bool(whole[2]) == (more <= 0)

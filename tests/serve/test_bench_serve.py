@@ -39,9 +39,9 @@ def test_errors_are_counted_by_name(server, folder, capsys):
     assert main([*arguments, "--warm-up", "0", "--json"]) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)["failed"] == 6
-    assert "failed: 6 of 6: 400: 5000 prompt tokens and max_tokens 5 exceed" in shown.err
+    assert "failed: 6 of 6: 400: This model's maximum context length is 2048 tokens." in shown.err
     assert main(arguments) == 2
-    assert "failed while warming up: 400: 5000 prompt tokens" in capsys.readouterr().err
+    assert "failed while warming up: 400: This model's maximum context length" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

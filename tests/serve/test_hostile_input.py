@@ -123,6 +123,18 @@ def test_a_body_that_never_ends_and_headers_that_never_end_are_closed(server):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("chunks", [b"zz\r\nabc\r\n", b"-1\r\nabc\r\n", b"f" * 17 + b"\r\nabc\r\n"])
+def test_chunks_of_a_size_that_is_none_are_a_400_in_the_server_s_own_words(server, chunks):
+    received = raw(server, HEAD + b"transfer-encoding: chunked\r\n\r\n" + chunks)
+    assert b" 400 " in received.split(b"\r\n")[0]
+    assert json.loads(received.rpartition(b"\r\n")[2])["error"]["code"] == "broken_body"
+
+
+def test_more_messages_than_are_allowed_are_a_400_wherever_they_are_sent(server):
+    for path in (CHAT, "/tokenize"):
+        assert_refused(post(server, path, {"messages": HELLO * 2049}), 400, "messages")
+
+
 def test_large_and_many_headers_are_a_431(server):
     assert b" 431 " in raw(server, b"GET /health HTTP/1.1\r\nx: " + b"a" * 200_000 + b"\r\n\r\n")
     many = b"".join(b"x%d: 1\r\n" % number for number in range(150))

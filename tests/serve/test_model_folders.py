@@ -13,6 +13,7 @@ import pytest
 from benthic.errors import BenthicError
 from benthic.inference.pretrained import load_model
 from benthic.text import Tokenizer
+from benthic.text.tokenizer import TEMPLATE_FILE
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 SIZE_BYTES = 8
@@ -144,6 +145,7 @@ BROKEN = {
     "a tokenizer that is not JSON": lambda folder, run: (folder / TOKENIZER).write_text("{"),
     "a tokenizer that is a pickle": lambda folder, run: pickled(folder / TOKENIZER, run),
     "a tokenizer without a vocabulary": lambda folder, run: change(folder / TOKENIZER, model={"type": "BPE"}),
+    "a template that does not compile": lambda folder, run: (folder / TEMPLATE_FILE).write_text("{% for %}"),
 }
 
 
@@ -156,7 +158,7 @@ def broken(name: str, folder: Path, path: Path) -> Path:
 
 def load(folder):
     """As a server does."""
-    Tokenizer.from_folder(folder)
+    Tokenizer.from_folder(folder).chat_template()
     load_model(folder)
 
 

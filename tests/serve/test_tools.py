@@ -235,3 +235,9 @@ def test_tools_that_cannot_be_are_a_400(client, options, param):
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, **options)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(("regex", "text"), [("a/b", "a/b"), (r"a\/b", "a/b"), ("a\nb", "a\nb"), ("a\\\nb", "a\nb")])
+def test_an_expression_with_slashes_and_lines_binds_an_answer_beside_tools(client, regex, text):
+    body = {"structured_outputs": {"regex": regex}, "logit_bias": {BEGIN_CALLS: -100}}
+    assert chat(client, tools=TOOLS, extra_body=body).choices[0].message.content == text

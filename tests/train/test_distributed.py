@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from benthic.config.parallel import ParallelConfig
 from benthic.config.train import (
@@ -16,6 +17,12 @@ from benthic.config.train import (
     SamplingConfig,
     TrainConfig,
 )
+from benthic.data import Batch
+from benthic.model.initialisation import initialise
+from benthic.parallel.placement import before_backward, parts
+from benthic.parallel.world import joined
+from benthic.train.distributed import build_model
+from benthic.train.loss import Scale, losses
 from benthic.train.run import run
 from tests.parallel.processes import on_ranks
 from tests.train.small import small_run
@@ -86,6 +93,26 @@ def test_ten_updates_on_several_ranks_are_those_of_one_process(alone, tmp_path, 
         if name.endswith("e_score_correction_bias"):
             assert torch.equal(weight, written[name])
         torch.testing.assert_close(written[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def weights_left_whole(layout: str) -> list[bool]:
+    """After each of two micro-batches: whether the layers' weights are still whole."""
+    config = a_run(layout)
+    batch = Batch(torch.ones(1, 17, dtype=torch.int64), torch.zeros(1, 17, dtype=torch.int64))
+    found = []
+    with joined(config.parallel, config.model, torch.device("cpu")) as world:
+        model, _ = build_model(config, world, torch.device("cpu"))
+        initialise(model, 0, parts(config.model, world))
+        for is_last in (False, True):
+            before_backward(model, is_last, world)
+            losses(model, batch, Scale(32, 2), False, 0.3, config.balance, world).total.backward()
+            found.append(not isinstance(model.model.layers[0].input_layernorm.weight, DTensor))
+    return found
+
+
+@pytest.mark.parametrize(("layout", "whole"), [("fsdp=2", False), ("fsdp=2,zero=2", True), ("fsdp=2,zero=1", True)])
+def test_below_zero_3_weights_stay_gathered_until_the_last_micro_batch(layout, whole):
+    assert on_ranks(2, weights_left_whole, layout) == [[whole, False]] * 2
 
 
 @pytest.mark.parametrize(("size", "layout"), [(2, "fsdp=2,ep=2"), (4, "fsdp=4,ep=2")])

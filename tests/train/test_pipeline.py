@@ -120,6 +120,19 @@ def test_what_is_computed_again_or_in_narrow_numbers_is_what_one_process_compute
         assert found == pytest.approx(expected, rel=near), configs[index].parallel
 
 
+@pytest.mark.slow
+def test_gradients_that_a_schedule_splits_off_reach_the_masters_of_a_rank_s_own_experts(tmp_path):
+    changes = dict(steps=2, precision={"compute": "bfloat16"})
+    schedules = ("1f1b", "zb1p", "dualpipev")
+    configs = [a_run(f"fsdp=2,zero=1,ep=2,pp=2,schedule={schedule}", **changes) for schedule in schedules]
+    train(a_run(**changes), tmp_path / "alone")
+    on_ranks(4, train_each, configs, tmp_path)
+    expected = [row["grad_norm"] for row in rows(tmp_path / "alone") if "loss" in row]
+    for index, schedule in enumerate(schedules):
+        found = [row["grad_norm"] for row in rows(tmp_path / str(index)) if "loss" in row]
+        assert found == pytest.approx(expected, rel=1e-2), schedule
+
+
 def test_stages_are_cut_by_what_layers_cost_and_prediction_layers_stay_together():
     for layout in ("pp=2", "pp=4", "pp=2,schedule=dualpipev"):
         stages = stage_layers(a_run(layout))
