@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benthic.errors import ConfigError
+from benthic.errors import BenthicError, ConfigError
 from benthic.files import write_atomic
 
 SETTINGS = {
@@ -137,10 +137,13 @@ def main() -> None:
     comparing = commands.add_parser("beside", help="vLLM on the work of a result")
     comparing.add_argument("result", type=Path)
     options = parser.parse_args()
-    if options.command == "checkpoint":
-        checkpoint(options.config, options.folder)
-    else:
-        beside(options.result)
+    try:
+        if options.command == "checkpoint":
+            checkpoint(options.config, options.folder)
+        else:
+            beside(options.result)
+    except BenthicError as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":
