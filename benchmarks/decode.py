@@ -1,7 +1,8 @@
 """The engine by batch size: prompts, then decoding, as offline benchmarks of the field time it.
 
 A size is timed twice, once for one new token and once for all: the difference is decoding, what the first takes is the
-prompt. Prompts are random tokens and found nowhere in the cache.
+prompt. Prompts are random tokens and found nowhere in the cache. Graphs are captured before: where drafts make sizes a
+matter of luck, by a whole run whose luck is that of the timed ones.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ class PretendingEngine(Engine):
 
     def __init__(self, *arguments: Any, acceptance: float, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self._acceptance, self._dice = acceptance, random.Random(0)
+        self._acceptance = acceptance
+        self.forget_luck()
+
+    def forget_luck(self) -> None:
+        """Let the next run meet the luck of the last one."""
+        self._dice = random.Random(0)
 
     def _draw(self, flight: Flight) -> list[list[Drawn]]:
         drawn = super()._draw(flight)
@@ -68,7 +74,7 @@ def measure(workload: Workload) -> dict[str, Any]:
     dice, results = random.Random(0), []
     _seconds(engine, max(workload.batches), 4, workload, dice)
     for batch in workload.batches:
-        _seconds(engine, batch, 4, workload, dice)  # graphs of this size
+        _seconds(engine, batch, 4 if workload.acceptance is None else workload.new_tokens, workload, dice)
         prompts, wholes, steps = [], [], []
         for _ in range(workload.repetitions):
             prompts.append(_seconds(engine, batch, 1, workload, dice)[0])
@@ -87,18 +93,20 @@ def measure(workload: Workload) -> dict[str, Any]:
                 "seconds": {"prompt": prompts, "whole": wholes},
             }
         )
+    on_gpu = engine.runner.device.type == "cuda"
     return {
+        "name": "decode",
         "workload": workload.model_dump(),
+        "billion_parameters": sum(one.numel() for one in engine.model.parameters()) / 1e9,
         "startup_seconds": startup,
         "results": results,
-        **describe(("torch",)),
-        "device": torch.cuda.get_device_name() if engine.runner.device.type == "cuda" else "cpu",
+        "machine": describe(("torch",)) | {"gpu": torch.cuda.get_device_name() if on_gpu else "cpu"},
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The result in lines."""
-    lines = [f"start-up {result['startup_seconds']:.1f} s on {result['device']}"]
+    lines = [f"start-up {result['startup_seconds']:.1f} s on {result['machine']['gpu']}"]
     lines.append("batch   prompt tokens/s   ms a token   tokens/s")
     for one in result["results"]:
         lines.append(
@@ -120,7 +128,7 @@ def _engine(workload: Workload) -> Engine:
         model = load_model(folder, workload.device, dtype, weights=workload.weights)
     else:
         model = LanguageModel(ModelConfig.from_pretrained(workload.model), workload.device, dtype)
-        _spread(model)
+        spread(model)
         if workload.weights == "float8":
             store_in_float8(model)
             if model.head_weight.is_cuda:
@@ -143,7 +151,7 @@ def _engine(workload: Workload) -> Engine:
 
 
 @torch.no_grad()
-def _spread(model: LanguageModel) -> None:
+def spread(model: LanguageModel) -> None:
     """Random weights under which tokens differ and route to different experts, made on the device."""
     torch.manual_seed(0)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -158,6 +166,8 @@ def _seconds(engine: Engine, batch: int, new_tokens: int, workload: Workload, di
     vocabulary = engine.model.config.vocab_size
     prompts = [[dice.randrange(10, vocabulary - 10) for _ in range(workload.prompt_tokens)] for _ in range(batch)]
     params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+    if isinstance(engine, PretendingEngine):
+        engine.forget_luck()
     _wait(engine)
     begun, steps = time.perf_counter(), 0
     for prompt in prompts:

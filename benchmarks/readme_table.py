@@ -24,6 +24,14 @@ HEADLINES: dict[str, tuple[str, ...]] = {
         "planned memory of training, lite, bf16, float32 moments",
         "planned memory of training, v3, float8",
     ),
+    "decode": (
+        "decoding, batch 1,",
+        "decoding, batch 32,",
+        "decoding, batch 256,",
+        "prompts, batch 32,",
+        "start-up of the engine",
+    ),
+    "decode_drafts": ("decoding, batch 1,", "decoding, batch 256,"),
     "fp8_loss": ("loss after",),
     "train_cpu_tiny": ("training step, tiny", "greedy decoding with a cache, tiny"),
     "kernels_fp8": (
@@ -167,6 +175,29 @@ def _train_gpu(result: dict[str, Any]) -> Iterator[str]:
             yield _row(f"planned memory of training, {_arm(arm)}", *cells, where, arm["machine"]["commit"])
 
 
+def _decode(result: dict[str, Any]) -> Iterator[str]:
+    """Tokens a second of every batch size, and prompts', beside the peer's on the same folder."""
+    work, machine, peer = result["workload"], result["machine"], result.get("peer")
+    where = f"{machine['gpu']}, torch {machine['versions']['torch']}"
+    kept = "".join(f", {part} in FP8" for part in ("weights", "cache") if work[part] == "float8")
+    what = f"{result['billion_parameters']:.1f} B, {work['dtype'].replace('bfloat16', 'bf16')}{kept}"
+    if work["draft_tokens"]:
+        right = "" if work["acceptance"] is None else f", {work['acceptance']:.0%} of them right"
+        what += f", {work['draft_tokens']} draft{'s' if work['draft_tokens'] > 1 else ''}{right}"
+    theirs = {row["batch"]: row for row in peer["results"]} if peer else {}
+    beside = f"{peer['name']} {peer['version']}: " if peer else ""
+    for name, field in (("decoding", "tokens_per_second"), ("prompts", "prompt_tokens_per_second")):
+        for row in result["results"]:
+            other, speed = theirs.get(row["batch"]), f"{row[field]:,.0f} tokens/s"
+            if field == "tokens_per_second":
+                speed += f" ({row['ms_per_token']:.2f} ms)"
+            cells = (f"{beside}{other[field]:,.0f}", f"{row[field] / other[field]:.2f}") if other else ("", "")
+            yield _row(f"{name}, batch {row['batch']}, {what}", speed, *cells, where, machine["commit"])
+    seconds, other = result["startup_seconds"], peer["startup_seconds"] if peer else None
+    cells = (f"{beside}{other:.0f} s", f"{other / seconds:.2f}") if other else ("", "")
+    yield _row(f"start-up of the engine, {what}", f"{seconds:.1f} s", *cells, where, machine["commit"])
+
+
 TRAINING_PAIRS = (
     ("bf16", "torchtitan"),
     ("bf16", "torchtitan-bf16"),
@@ -218,6 +249,7 @@ def _fp8_loss(result: dict[str, Any]) -> Iterator[str]:
 
 
 ROWS = {
+    "decode": _decode,
     "fp8_loss": _fp8_loss,
     "kernels": _kernels,
     "train_gpu": _train_gpu,

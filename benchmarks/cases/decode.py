@@ -19,14 +19,19 @@ from benchmarks.kernel_case import Case
 from benthic.kernels import cache_write, paged_latent_attention
 from benthic.kernels.decode_matmul_fp8 import decode_matmul_fp8
 from benthic.kernels.expert_decode import few_token_experts, few_token_experts_fp8
+from benthic.kernels.few_token_linear import few_token_linear
+from benthic.kernels.likeliest import likeliest
 from benthic.kernels.paged_attention import paged_attention
 from benthic.kernels.paged_latent_attention_fp8 import absorbed_paged_attention_fp8
 from benthic.numerics.reference import cache_write as cache_write_reference
 from benthic.numerics.reference.decode_matmul_fp8 import decode_matmul_fp8 as plain_matmul_fp8
+from benthic.numerics.reference.expert_decode import few_token_experts as plain_experts
 from benthic.numerics.reference.expert_decode import few_token_experts_fp8 as plain_experts_fp8
+from benthic.numerics.reference.likeliest import likeliest as plain_likeliest
 from benthic.numerics.reference.paged_latent_attention_fp8 import pack, unpack
 from benthic.numerics.reference.quantise import quantise_weights
 from benthic.ops.experts import routed_experts
+from benthic.ops.swiglu import swiglu
 
 C, R, BLOCK = 512, 64, 64
 ATTENTION = (
@@ -35,6 +40,8 @@ ATTENTION = (
 )  # fmt: skip
 """Sequences, heads, query rows of a sequence, keys: V3's on one and eight GPUs, and V2-Lite's at its batches."""
 LITE, LITE_INNER, LITE_EXPERTS, LITE_CHOSEN = 2048, 1408, 64, 6
+LITE_LINEAR = ((3648, LITE), (LITE, LITE), (LITE_EXPERTS, LITE))
+"""Out and in of V2-Lite's joined first projections, its output projection and its router."""
 LINEAR = ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048))
 """Out and in of V3's projections: q_a and kv_a, q_b, o, an expert's gate and up, its down."""
 TOLERANCE = 1e-2
@@ -48,8 +55,15 @@ def cases(device: str) -> Iterator[Case]:
         yield _latent_attention_fp8(*shape, device)
     for batch, heads, key_heads, length in ((32, 32, 8, 4096), (128, 32, 8, 1024), (1, 32, 8, 32768)):
         yield _plain_attention(batch, heads, key_heads, length, device)
-    for tokens in (1, 2, 4, 8, 16, 32, 64, 128):
+    for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         yield _experts(tokens, LITE, LITE_INNER, LITE_EXPERTS, LITE_CHOSEN, device)
+    for tokens in (1, 2, 8, 32):
+        yield _experts_and_shared(tokens, device)
+    for tokens in (1, 2, 4):
+        for out, into in LITE_LINEAR:
+            yield _linear(tokens, out, into, device)
+    for rows in (1, 32, 256):
+        yield _likeliest(rows, device)
     for tokens in (1, 8, 32):
         yield _experts_fp8(tokens, LITE, LITE_INNER, LITE_EXPERTS, LITE_CHOSEN, device)
         yield _experts_fp8(tokens, 7168, 2048, 32, 8, device)
@@ -208,6 +222,50 @@ def _grouped(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down:
     rows = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
     placed = torch.empty_like(rows).index_copy_(0, order, rows).view(*experts.shape, -1)
     return (placed.float() * weights[..., None]).sum(1).bfloat16()
+
+
+def _experts_and_shared(tokens: int, device: str) -> Case:
+    """The peer launches the shared network apart, as engines of the field do."""
+    shared_inner = 2 * LITE_INNER
+    gate_up, down = (_noise(device, LITE_EXPERTS, *shape) for shape in ((shared_inner, LITE), (LITE, LITE_INNER)))
+    shared_gate_up, shared_down = _noise(device, 2 * shared_inner, LITE), _noise(device, LITE, shared_inner)
+    x, routing = _noise(device, tokens, LITE), _routing(tokens, LITE_EXPERTS, LITE_CHOSEN, device)
+    arguments = x, *routing, gate_up, down
+
+    @torch.no_grad()
+    def apart() -> Tensor:
+        return few_token_experts(*arguments) + F.linear(swiglu(*F.linear(x, shared_gate_up).chunk(2, -1)), shared_down)
+
+    expected = plain_experts(*(one[:1] for one in (x, *routing)), gate_up, down, shared_gate_up, shared_down)
+    return Case(
+        "routed and shared experts, few tokens", f"{tokens} x {LITE}, {LITE_CHOSEN} of {LITE_EXPERTS} and 2",
+        {"benthic": lambda: few_token_experts(*arguments, shared_gate_up, shared_down), "benthic, apart": apart},
+        lambda out: _error(out[:1], expected), TOLERANCE,
+        bytes=2 * ((len(routing[0].unique()) + 2) * 3 * LITE_INNER * LITE + 2 * tokens * LITE),
+        flops=6 * tokens * (LITE_CHOSEN + 2) * LITE_INNER * LITE,
+    )  # fmt: skip
+
+
+def _linear(tokens: int, out: int, into: int, device: str) -> Case:
+    x, weight = _noise(device, tokens, into), _noise(device, out, into)
+    expected = x.float() @ weight.float().t()
+    return Case(
+        "linear, few tokens", f"{tokens} x {into} to {out}",
+        {"benthic": lambda: few_token_linear(x, weight), "cuBLAS": lambda: F.linear(x, weight)},
+        lambda result: _error(result, expected), TOLERANCE,
+        bytes=2 * (weight.numel() + tokens * (into + out)), flops=2 * tokens * into * out,
+    )  # fmt: skip
+
+
+def _likeliest(rows: int, device: str) -> Case:
+    logits = _noise(device, rows, 102400)
+    expected = plain_likeliest(logits)[1][1]
+    return Case(
+        "likeliest tokens with log-probabilities", f"{rows} x 102400",
+        {"benthic": lambda: likeliest(logits)[1][1], "torch": lambda: plain_likeliest(logits)[1][1]},
+        lambda found: _error(found, expected), TOLERANCE,
+        bytes=2 * logits.numel() + 32 * rows,
+    )  # fmt: skip
 
 
 def _experts_fp8(tokens: int, width: int, inner: int, experts: int, chosen: int, device: str) -> Case:

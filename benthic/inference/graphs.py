@@ -7,8 +7,9 @@ nowhere and sees no key.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,37 @@ MOST_ROWS = 512
 _WIDEST_STRETCH = 17
 """A token and the most drafts behind it. Longer ones are pieces of prompts, which take another path."""
 _LEAST_BLOCKS = 32
+PATIENCE = 16
+"""Calls of a new size that a larger graph serves before the size gets its own: a capture stops everything for longer
+than rows for nobody cost, and many sizes come once, while answers end one by one."""
 
 
 def suits(stretches: Sequence[Stretch]) -> bool:
     """Whether a call of `stretches` is one that comes again and again."""
     longest = len(stretches[-1].tokens)
     return longest <= _WIDEST_STRETCH and sum(len(stretch.tokens) for stretch in stretches) <= MOST_ROWS
+
+
+class _Size(NamedTuple):
+    """What a graph is captured for: rows, sequences, and blocks of each."""
+
+    rows: int
+    sequences: int
+    blocks: int
+
+    def fits(self, other: _Size) -> bool:
+        """Whether a graph of `other` can do it."""
+        return all(mine <= its for mine, its in zip(self, other, strict=True))
+
+
+def _size(stretches: Sequence[Stretch]) -> _Size:
+    """Where tokens come in twos and threes, all count as many as the longest: how many drafts were right is chance, and
+    every chance would be a size of its own."""
+    count, rows = len(stretches), sum(len(stretch.tokens) for stretch in stretches)
+    even = count * len(stretches[-1].tokens)
+    rows = _rounded(even if even <= min(2 * rows, MOST_ROWS) else rows)
+    blocks = max(_LEAST_BLOCKS, 1 << (max(len(stretch.blocks) for stretch in stretches) - 1).bit_length())
+    return _Size(rows, min(rows, _rounded(count)), blocks)
 
 
 class Graphs:
@@ -43,7 +69,8 @@ class Graphs:
     ) -> None:
         self._call, self._pools, self._block_size = call, pools, block_size
         self._memory, self._first = memory, first
-        self._captured: dict[tuple[int, int, int], _Captured] = {}
+        self._captured: dict[_Size, _Captured] = {}
+        self._asked: Counter[_Size] = Counter()
 
     def run(
         self,
@@ -51,21 +78,24 @@ class Graphs:
         known: Tensor | None = None,
         source: tuple[Tensor, Sequence[int]] | None = None,
     ) -> Any:
-        """What the function returns, for rounded-up rows; valid until the next run of this size. With a `source`, token
-        i is not that of the stretches but stands in row source[1][i] of source[0], on the device."""
-        rows = _rounded(sum(len(stretch.tokens) for stretch in stretches))
-        sequences = min(rows, _rounded(len(stretches)))
-        blocks = max(_LEAST_BLOCKS, 1 << (max(len(stretch.blocks) for stretch in stretches) - 1).bit_length())
-        size = (rows, sequences, blocks)
-        if size not in self._captured:
-            states = None if known is None else known.new_zeros(rows, known.shape[1])
+        """What the function returns, for rounded-up rows; valid until the next run of this size or of less. With a
+        `source`, token i is not that of the stretches but stands in row source[1][i] of source[0], on the device."""
+        size = _size(stretches)
+        captured = self._captured.get(size) or self._stand_in(size)
+        if captured is None:
+            states = None if known is None else known.new_zeros(size.rows, known.shape[1])
             inputs = _Inputs(size, self._pools, self._block_size, self._first, states)
             inputs.fill(stretches, known, source)
-            self._captured[size] = _Captured(self._call, inputs, self._memory)
-        captured = self._captured[size]
+            captured = self._captured[size] = _Captured(self._call, inputs, self._memory)
         captured.inputs.fill(stretches, known, source)
         captured.graph.replay()
         return captured.result
+
+    def _stand_in(self, size: _Size) -> _Captured | None:
+        """The graph of a larger size, for a while."""
+        self._asked[size] += 1
+        larger = [one for one in self._captured if size.fits(one) and one.rows <= 2 * size.rows]
+        return self._captured[min(larger)] if larger and self._asked[size] <= PATIENCE else None
 
 
 class _Inputs:
@@ -76,9 +106,7 @@ class _Inputs:
     next step is filled in while the copy of this one may still wait for the device.
     """
 
-    def __init__(
-        self, size: tuple[int, int, int], pools: Sequence[Tensor], block_size: int, first: int, known: Tensor | None
-    ) -> None:
+    def __init__(self, size: _Size, pools: Sequence[Tensor], block_size: int, first: int, known: Tensor | None) -> None:
         rows, sequences, blocks = size
         self._device, self._block_size = pools[0].device, block_size
         # Rows begin at 16 bytes: kernels are compiled anew where one does not.

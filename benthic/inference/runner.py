@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benthic import ops
 from benthic.config.engine import EngineConfig
 from benthic.inference.batch import Stretch, bounds_of, lay_out
 from benthic.inference.graphs import Graphs, suits
@@ -33,8 +34,7 @@ class Likeliest(NamedTuple):
 
 def likeliest_of(logits: Tensor) -> Likeliest:
     """Of logits [R, V]."""
-    tokens = logits.argmax(-1)
-    return Likeliest(tokens, told_of(logits, tokens))
+    return Likeliest(*ops.likeliest(logits))
 
 
 def told_of(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from benthic.inference.batch import Stretch
 from benthic.inference.pace import Pace
 from benthic.inference.request import Request
-from benthic.inference.runner import Runner
+from benthic.inference.runner import Runner, likeliest_of
 
 
 class News(NamedTuple):
@@ -168,7 +168,7 @@ class Drafter:
         asking = [one for one in news if one.wanted >= depth]
         if asking:
             places = [level.offsets[one.request.id] + one.last + depth - 1 for one in asking]
-            tokens = self.runner.logits(level.take(places)).argmax(-1).tolist()
+            tokens = likeliest_of(self.runner.logits(level.take(places))).tokens.tolist()
             for one, token in zip(asking, tokens, strict=True):
                 one.request.drafts.append(token)
 

@@ -62,7 +62,7 @@ def _check(x: Tensor, weight: Tensor, scales: Tensor) -> None:
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _share(
     x, weight, scales, partial, M, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -87,7 +87,7 @@ def _share(
     tl.store(at, result.to(partial.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "shares"])
 def _sum(partial, out, size, shares, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -65,7 +65,7 @@ def paged_attention(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "max_blocks", "first_key"])
 def _share(
     query, pool, tables, starts, lengths, partial, logarithms, scale, T, B, max_blocks, first_key,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,

@@ -3,7 +3,8 @@
 A tile is up to ROWS query rows (positions x heads) of one sequence, so that a key is read once for all of them. A
 context is split into equal shares, each a program of its own; every share leaves a normalised result and the logarithm
 of its softmax's denominator, and `combine` weighs them in a fixed order. Grids follow from shapes alone: a program
-that finds nothing to do ends, so that a captured graph serves any lengths.
+that finds nothing to do ends, so that a captured graph serves any lengths. Nor is a kernel compiled anew because a
+number of tokens or sequences is 1 or divides by 16 (do_not_specialize): that took seconds in the middle of answers.
 """
 
 from functools import cache, lru_cache
@@ -89,7 +90,7 @@ def combine(partial: Tensor, logarithms: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "shares"])
 def _combine(partial, logarithms, out, rows, shares, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     share = tl.arange(0, SHARES)

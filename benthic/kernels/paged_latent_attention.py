@@ -86,7 +86,7 @@ def in_triton(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "max_blocks", "first_key"])
 def _share(
     query, pool, tables, starts, lengths, partial, logarithms, scale, T, B, max_blocks, first_key,
     HEADS: tl.constexpr, RANK: tl.constexpr, TURNING: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,

@@ -148,7 +148,7 @@ def _write(
                    one, other, pair < PAIRS, query_head, absorbed_head, HEADS, HEADS_PADDED)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "max_blocks", "first_key"])
 def _share(
     query, latents, channels, factors, tables, starts, lengths, partial, logarithms, scale, T, B, max_blocks,
     first_key, HEADS: tl.constexpr, RANK: tl.constexpr, TURNING: tl.constexpr, BLOCK: tl.constexpr,

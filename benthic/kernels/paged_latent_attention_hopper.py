@@ -244,7 +244,7 @@ def _weigh(
         _store(result, partial, output_at, row, rows, 256, RESULT)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["T", "B", "max_blocks", "first_key"])
 def _kernel(
     latent_rows, turning_rows, latent_keys, turning_keys, tables, starts, lengths, partial, logarithms, scale, T, B,
     max_blocks, first_key, HEADS: gl.constexpr, BLOCK: gl.constexpr, SPLIT: gl.constexpr, SEQUENCES: gl.constexpr,

@@ -97,7 +97,7 @@ def _warps_at_once(device: torch.device) -> int:
     return 16 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     x, residual, weight, total, normed, inverse, T, x_stride, residual_stride, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,

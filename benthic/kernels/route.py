@@ -26,12 +26,14 @@ def route(logits: Tensor, bias: Tensor | None, config: ModelConfig) -> tuple[Ten
     weights = logits.new_empty((tokens, chosen))
     if tokens:
         padded = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)
-        tile = _tokens_of(padded[0] * padded[1])
+        # Few tokens: one a warp, which passes nothing through shared memory.
+        tile, warps = (1, 1) if tokens <= 256 else (_tokens_of(padded[0] * padded[1]), 4)
         _forward[(triton.cdiv(tokens, tile),)](
             logits, bias, scores, picked, weights, tokens, config.routed_scaling_factor,
             G=groups, S=experts // groups, GROUPS=padded[0], SIZE=padded[1], KEPT=config.topk_group if limited else 1,
             TOP_TWO=config.topk_method == "noaux_tc", K=chosen, CHOSEN=triton.next_power_of_2(chosen),
-            SIGMOID=config.scoring_func == "sigmoid", NORMALISE=config.norm_topk_prob, TOKENS=tile, num_warps=4,
+            SIGMOID=config.scoring_func == "sigmoid", NORMALISE=config.norm_topk_prob, TOKENS=tile,
+            num_warps=warps,
         )  # fmt: skip
     return scores, picked, weights
 
@@ -60,7 +62,7 @@ def _tokens_of(width: int) -> int:
     return max(1, 1024 // width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     logits, bias, scores, picked, weights, T, scale,
     G: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, KEPT: tl.constexpr,

@@ -80,7 +80,7 @@ def _run_backward(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _forward(gate, up, weights, out, R, F, gate_stride, up_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     across = tl.cdiv(F, COLUMNS)
     r = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -89,7 +89,9 @@ class ExpertLayer(nn.Module):
         """The sum of both, and how the B S tokens were routed."""
         tokens = x.flatten(0, -2)  # [T, D]
         routing = self.gate(tokens)
+        return self._outputs(tokens, routing).view_as(x), routing
+
+    def _outputs(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """Of routed and shared experts together, [T, D]."""
         out = self.experts(tokens, routing)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens)
-        return out.view_as(x), routing
+        return out if self.shared_experts is None else out + self.shared_experts(tokens)

@@ -4,8 +4,10 @@ from benthic.ops.attention import absorbed_attention, attention, causal_mask, do
 from benthic.ops.cache_write import turn_and_write_keys, turn_and_write_latents
 from benthic.ops.expert_decode import few_token_experts
 from benthic.ops.experts import routed_experts
+from benthic.ops.few_token_linear import few_token_linear
 from benthic.ops.float8_storage import experts_from_float8, linear_from_float8
 from benthic.ops.latent_heads import latent_heads
+from benthic.ops.likeliest import likeliest
 from benthic.ops.linear_cross_entropy import linear_cross_entropy
 from benthic.ops.norm import add_rms_norm, rms_norm
 from benthic.ops.paged_attention import (
@@ -30,9 +32,11 @@ __all__ = [
     "document_mask",
     "experts_from_float8",
     "few_token_experts",
+    "few_token_linear",
     "gather_latents",
     "gather_rows",
     "latent_heads",
+    "likeliest",
     "linear_cross_entropy",
     "linear_from_float8",
     "paged_attention",

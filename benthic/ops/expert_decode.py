@@ -7,11 +7,13 @@ No gradients. On a GPU the chosen experts' weights are read once and nothing is 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from benthic.numerics.reference.quantisation import dequantise_blocks
 from benthic.ops.experts import routed_experts
+from benthic.ops.swiglu import swiglu
 
 MOST_PAIRS = 1024
 """T K, choices of experts in a call, that the GPU's kernel takes."""
@@ -23,13 +25,20 @@ def few_token_experts(
     weights: Float32[Tensor, "tokens chosen"],
     gate_up_proj: Float[Tensor, "experts gate_and_up width"],
     down_proj: Float[Tensor, "experts width gate_and_up//2"],
+    shared_gate_up: Float[Tensor, "shared_gate_and_up width"] | None = None,
+    shared_down: Float[Tensor, "width shared_gate_and_up//2"] | None = None,
 ) -> Float[Tensor, "tokens width"]:
-    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], in x's dtype; T K up to MOST_PAIRS."""
+    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], in x's dtype; T K up to MOST_PAIRS. A shared MLP as wide as
+    whole experts, gate rows first, is read along with them and added."""
     if x.is_cuda:
         from benthic.kernels import expert_decode
 
-        return expert_decode.few_token_experts(x, experts, weights, gate_up_proj, down_proj)
-    return routed_experts(x, experts, weights, gate_up_proj, down_proj)
+        choices = x, experts, weights, gate_up_proj, down_proj
+        return expert_decode.few_token_experts(*choices, shared_gate_up, shared_down)
+    out = routed_experts(x, experts, weights, gate_up_proj, down_proj)
+    if shared_gate_up is None or shared_down is None:
+        return out
+    return out + F.linear(swiglu(*F.linear(x, shared_gate_up).chunk(2, -1)), shared_down)
 
 
 def few_token_experts_fp8(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.config.model import ModelConfig
+from benthic.ops.few_token_linear import MOST_TOKENS, MOST_WIDTH, few_token_linear
 
 
 class Routing(NamedTuple):
@@ -29,6 +30,8 @@ def router_logits(
     x: Float[Tensor, "tokens width"], weight: Float[Tensor, "experts width"]
 ) -> Float32[Tensor, "tokens experts"]:
     """x @ weight.T in float32, whatever the dtype of both."""
+    if x.is_cuda and not torch.is_grad_enabled() and len(x) <= MOST_TOKENS and x.shape[1] <= MOST_WIDTH:
+        return few_token_linear(x, weight, torch.float32)
     if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
         # Products of bfloat16 numbers are exact in float32, so that this is the product of both in float32, at the
         # tensor cores' rate and without a copy of x twice its size.

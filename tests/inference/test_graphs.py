@@ -12,7 +12,7 @@ from benthic.inference import graphs
 from benthic.inference.batch import Stretch
 from benthic.inference.engine import Engine
 from benthic.inference.generate import generate
-from benthic.inference.graphs import _Inputs, _rounded, suits
+from benthic.inference.graphs import PATIENCE, Graphs, _Inputs, _rounded, _Size, _size, suits
 from benthic.model.sampling import SamplingParams
 from benthic.numerics.compare import assert_close
 from tests.inference.test_engine import Schedule, run
@@ -32,8 +32,41 @@ def test_drafts_suit_a_graph_and_prompts_do_not():
     assert not suits([Stretch([1], 4, [0])] * 513)
 
 
+def test_how_many_drafts_were_right_makes_no_size():
+    def size(*lengths):
+        return _size([Stretch(range(length), 4, [0]) for length in sorted(lengths)])
+
+    assert size(1, 1, 1) == (3, 3, 32)
+    assert {size(1, 2, 2), size(1, 1, 2), size(2, 2, 2)} == {(6, 3, 32)}
+    assert size(*[1] * 20, 17) == (40, 22, 32)  # the end of a prompt beside answers: not 357 rows
+    assert size(*[2] * 256) == (512, 256, 32)
+
+
+def test_a_size_that_came_once_is_served_by_a_larger_graph(monkeypatch):
+    monkeypatch.setattr(graphs, "_Captured", Replayed)
+    served = []
+
+    def call(tokens, known, pages):
+        served.append(len(tokens))
+        return tokens.clone()
+
+    captured = Graphs(call, [torch.zeros(20, 4, 5)], 4, None)
+
+    def run(count):
+        stretches = [Stretch([7 + place], 5, [1, 2]) for place in range(count)]
+        assert captured.run(stretches)[:count].tolist() == [7 + place for place in range(count)]
+        return served[-1]
+
+    assert run(12) == 12
+    assert [run(9) for _ in range(PATIENCE)] == [12] * PATIENCE
+    assert run(9) == 9
+    assert run(10) == 12
+    assert run(4) == 4  # 9 rows cost too much
+    assert run(13) == 13
+
+
 def test_added_rows_are_written_nowhere_and_see_nothing():
-    inputs = _Inputs((4, 3, 8), [torch.zeros(20, 4, 5)], 4, 0, torch.zeros(4, 6))
+    inputs = _Inputs(_Size(4, 3, 8), [torch.zeros(20, 4, 5)], 4, 0, torch.zeros(4, 6))
     blocks = [[9, 3], [7]]
     inputs.fill([Stretch([11], 5, blocks[0]), Stretch([12, 13], 1, blocks[1])], torch.ones(3, 6))
     pages = inputs.pages

@@ -33,6 +33,23 @@ def test_a_few_tokens_equal_the_reference(tokens, chosen, device):
     assert_agree(kernels.few_token_experts(*arguments), reference.few_token_experts(*arguments))
 
 
+@pytest.mark.parametrize(("tokens", "chosen", "shared"), [(1, 6, 2), (3, 2, 1), (34, 2, 2)])
+def test_a_shared_network_is_added(tokens, chosen, shared, device):
+    arguments = arguments_of(tokens, chosen, 7, 160, 72, device)
+    generator = torch.Generator().manual_seed(1)
+    gate_up = torch.randn(2 * shared * 72, 160, generator=generator).to(device, DTYPE) * 160**-0.5
+    down = torch.randn(160, shared * 72, generator=generator).to(device, DTYPE) * (shared * 72) ** -0.5
+    expected = reference.few_token_experts(*arguments, gate_up, down)
+    assert_agree(kernels.few_token_experts(*arguments, gate_up, down), expected)
+
+
+def test_a_shared_network_of_another_width_is_refused(device):
+    arguments = arguments_of(2, 2, 4, 64, 32, device)
+    gate_up, down = (torch.zeros(shape, device=device, dtype=DTYPE) for shape in ((96, 64), (64, 48)))
+    with pytest.raises(ValueError, match=r"shared_gate_up \[96, 64\] and shared_down \[64, 48\] are not as wide"):
+        kernels.few_token_experts(*arguments, gate_up, down)
+
+
 def test_an_expert_that_everyone_chose_is_computed_for_all(device):
     x, experts, *rest = arguments_of(34, 2, 8, 64, 40, device)
     experts[:, 0] = 5
@@ -76,5 +93,5 @@ def test_the_same_call_gives_the_same_bits(device):
 def test_nothing_to_do_and_too_much(device):
     x, experts, weights, *rest = arguments_of(1, 2, 4, 64, 32, device)
     assert kernels.few_token_experts(x[:0], experts[:0], weights[:0], *rest).shape == (0, 64)
-    with pytest.raises(ValueError, match=r"1200 choices of experts; this kernel is for up to 1024"):
-        kernels.few_token_experts(*arguments_of(600, 2, 4, 64, 32, device))
+    with pytest.raises(ValueError, match=r"2400 choices of experts; this kernel is for up to 2048"):
+        kernels.few_token_experts(*arguments_of(1200, 2, 4, 64, 32, device))

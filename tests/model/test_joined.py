@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benthic import ops
+from benthic.model import joined
 from benthic.model.feed_forward import FeedForward
-from benthic.model.float8_storage import store_in_float8
+from benthic.model.float8_storage import StoredFloat8Experts, store_in_float8
 from benthic.model.joined import JoinedFeedForward, JoinedLatentAttention, join_projections
 from benthic.numerics.compare import assert_close
+from benthic.ops.expert_decode import few_token_experts
+from benthic.ops.route import Routing
 from tests.model.configs import CONFIGS, randomised, tiny, tokens
 from tests.model.test_float8_storage import wide
 
@@ -60,3 +64,47 @@ def test_weights_that_were_changed_or_moved_count():
     assert (doubled - before).abs().max() > 0.01
     feed_forward.up_proj.weight.data = feed_forward.up_proj.weight.detach() / 2
     assert_close(model(ids), before, "model_fp32")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["v3", "v3 of two predictions"])
+def test_shared_experts_in_the_routed_ones_call_give_what_they_gave_apart(name, monkeypatch):
+    config = tiny(**CONFIGS[name])
+    model, ids = randomised(config), tokens(config, 2, 12)
+    expected = model(ids)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(len(arguments))
+        return few_token_experts(*arguments)
+
+    monkeypatch.setattr(ops, "few_token_experts", counted)
+    join_projections(model)
+    assert_close(model(ids), expected, "model_fp32")
+    assert not calls, "a processor takes them one after another"
+    monkeypatch.setattr(joined, "_reads_together", lambda *_: True)
+    assert_close(model(ids), expected, "model_fp32")
+    assert calls == [7] * sum(config.is_expert_layer(layer) for layer in range(config.num_hidden_layers))
+
+
+def test_shared_experts_are_read_along_for_few_tokens_and_plain_weights_alone():
+    model = randomised(tiny(**CONFIGS["v3"]))
+    join_projections(model)
+    layer = next(module for module in model.modules() if isinstance(module, joined.JoinedExpertLayer))
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def reads(tokens: int, count: int | None = None) -> bool:
+        routing = Routing(torch.zeros(tokens, 8), torch.zeros(tokens, 6, dtype=torch.int64), torch.zeros(tokens, 6))
+        with torch.no_grad():
+            return joined._reads_together(
+                torch.zeros(tokens, 4).as_subclass(OnGpu), routing._replace(count=count), layer.experts
+            )
+
+    assert reads(1)
+    assert reads(32)
+    assert not reads(33)
+    assert not reads(1, count=4)
+    layer.experts.__class__ = StoredFloat8Experts
+    assert not reads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
@@ -16,9 +17,15 @@ def few_token_experts(
     weights: Float32[Tensor, "tokens chosen"],
     gate_up_proj: Float[Tensor, "experts gate_and_up width"],
     down_proj: Float[Tensor, "experts width gate_and_up//2"],
+    shared_gate_up: Float[Tensor, "shared_gate_and_up width"] | None = None,
+    shared_down: Float[Tensor, "width shared_gate_and_up//2"] | None = None,
 ) -> Float[Tensor, "tokens width"]:
-    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], in float32 throughout."""
-    return routed_experts(x.float(), experts, weights, gate_up_proj.float(), down_proj.float()).type_as(x)
+    """sum_k weights[t, k] * FFN of experts[t, k] at x[t], and a shared one's output, in float32 throughout."""
+    out = routed_experts(x.float(), experts, weights, gate_up_proj.float(), down_proj.float())
+    if shared_gate_up is not None and shared_down is not None:
+        gate, up = (x.float() @ shared_gate_up.float().t()).chunk(2, -1)
+        out = out + (F.silu(gate) * up) @ shared_down.float().t()
+    return out.type_as(x)
 
 
 def few_token_experts_fp8(
