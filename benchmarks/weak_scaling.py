@@ -23,7 +23,7 @@ from benchmarks import torchtitan_peer
 from benchmarks.gpu_timing import require_gpu
 from benchmarks.machine import describe
 from benchmarks.train_arms import ARMS
-from benchmarks.train_gpu import ROOT, last_words
+from benchmarks.train_gpu import ROOT
 from benthic.errors import ConfigError, RunError, did_you_mean
 from benthic.files import write_atomic
 from benthic.log import logger, to_stderr
@@ -100,7 +100,7 @@ def run_arm(run: Run) -> dict[str, Any]:
         command = [*start, "-m", "benchmarks.weak_scaling_arm", run.arm, run.layout, str(RANKS), str(kept)]
         told = _printed(command, SECONDS, ROOT, dict(os.environ))
         if not kept.exists():
-            raise RunError(f"ended without a result: {last_words(told)}")
+            raise RunError(f"ended without a result: {_last_words(told)}")
         return json.loads(kept.read_text())
 
 
@@ -135,7 +135,12 @@ def _printed(command: list[str], seconds: float, folder: Path, environment: dict
         except subprocess.TimeoutExpired:
             process.terminate()
             told = process.communicate()[0]
-            raise RunError(f"stopped after {seconds:.0f} s: {last_words(told)}") from None
+            raise RunError(f"stopped after {seconds:.0f} s: {_last_words(told)}") from None
+
+
+def _last_words(told: str) -> str:
+    """Enough to hold a rank's error before torchrun's own summary."""
+    return told.strip()[-6000:]
 
 
 def conclusions(arms: dict[str, Any]) -> dict[str, Any]:
