@@ -16,8 +16,8 @@ class Limits(Settings):
     `answers` bounds n, and `prompts` the prompts of a completion times n. `queue` answers may wait beyond those that
     the engine runs at once; more get 429. A schema is compiled in a process of its own, which ends after
     `compile_seconds`. `body_seconds` is for a body to arrive, `send_seconds` for a client to take what was written,
-    `unread_tokens` what waits for it meanwhile, and `request_seconds` for all of an answer. An engine silent for
-    `silence_seconds` is unhealthy; after `hang_seconds` it is ended and started again.
+    `request_seconds` for all of an answer. For a client that takes nothing, at most `unread_bytes` wait in memory. An
+    engine silent for `silence_seconds` is unhealthy; after `hang_seconds` it is ended and started again.
     """
 
     body_bytes: Positive = 4 * 2**20
@@ -39,7 +39,7 @@ class Limits(Settings):
     header_seconds: Positive = 10
     body_seconds: float = Field(30.0, gt=0)
     send_seconds: float = Field(30.0, gt=0)
-    unread_tokens: Positive = 4096
+    unread_bytes: Positive = 24 * 2**10
     request_seconds: float = Field(600.0, gt=0)
     silence_seconds: float = Field(10.0, gt=0)
     hang_seconds: float = Field(300.0, gt=0)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from benthic.config.engine import EngineConfig
 from benthic.errors import RequestError
-from benthic.inference.blocks import salted
 from benthic.inference.form import Form, Forms
 from benthic.inference.generate import check_prompt, end_ids
+from benthic.inference.prefix import salted
 from benthic.inference.request import Request
 from benthic.inference.scheduler import Scheduler, rank_of
 from benthic.model import LanguageModel

@@ -1,28 +1,16 @@
 """Who holds which block of the paged cache, and which blocks remember a prefix that may come again.
 
 A block is in one of three states: free; referenced, by one sequence or several with an equal beginning; or cached: no
-sequence holds it, but its content is known by a digest and is given up only when a block is needed: of those of the
-owner who has the most, the one that was longest unused. So nobody who fills the cache drives others out of their share.
+sequence holds it, but its content is known and is given up only when a block is needed: of those of the owner who has
+the most, the one that was longest unused. So nobody who fills the cache drives others out of their share.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 
-Digest = bytes
-
-
-def chain(parent: Digest, tokens: Sequence[int]) -> Digest:
-    """What names a full block: its tokens and, through `parent`, all before them. The first parent of a sequence is its
-    salt, so that sequences of different salts never share."""
-    return blake2b(parent + b"".join(token.to_bytes(4, "little") for token in tokens), digest_size=16).digest()
-
-
-def salted(salt: str) -> Digest:
-    """The parent of a sequence's first block."""
-    return blake2b(salt.encode(errors="surrogatepass"), digest_size=16, person=b"benthic salt").digest()
+from benthic.inference.prefix import Prefix
 
 
 class BlockPool:
@@ -34,8 +22,8 @@ class BlockPool:
         self._references = [0] * size
         self._cached: dict[str, OrderedDict[int, None]] = {}  # by owner
         self._owner_of: dict[int, str] = {}
-        self._by_digest: dict[Digest, int] = {}
-        self._digest_of: dict[int, Digest] = {}
+        self._known: dict[Prefix, int] = {}
+        self._prefix_of: dict[int, Prefix] = {}
 
     @property
     def available(self) -> int:
@@ -53,17 +41,21 @@ class BlockPool:
             block = self._free.pop()
         else:
             block, _ = max(self._cached.values(), key=len).popitem(last=False)
-            del self._by_digest[self._digest_of.pop(block)], self._owner_of[block]
+            del self._known[self._prefix_of.pop(block)], self._owner_of[block]
         self._references[block] = 1
         return block
 
-    def find(self, digest: Digest) -> int | None:
+    def find(self, prefix: Prefix) -> int | None:
         """The block of that content, if one is known."""
-        return self._by_digest.get(digest)
+        return self._known.get(prefix)
+
+    def prefix_of(self, block: int) -> Prefix:
+        """What a block that `find` gave is known as: equal to what was asked for."""
+        return self._prefix_of[block]
 
     def is_cached(self, block: int) -> bool:
         """Whether no sequence holds a known block, so that sharing it leaves one fewer to take."""
-        return block in self._digest_of and not self._references[block]
+        return block in self._prefix_of and not self._references[block]
 
     def share(self, block: int) -> None:
         """One more reference to a block that `find` gave."""
@@ -71,13 +63,17 @@ class BlockPool:
             del self._cached[self._owner_of[block]][block]
         self._references[block] += 1
 
-    def publish(self, block: int, digest: Digest, owner: str = "") -> None:
-        """Let others find a full block that will not change any more; the first of equal blocks stays the known one.
-        It counts as its `owner`'s."""
-        if digest not in self._by_digest and block not in self._digest_of:
-            self._by_digest[digest] = block
-            self._digest_of[block] = digest
+    def publish(self, block: int, prefix: Prefix, owner: str = "") -> Prefix:
+        """Let others find a full block that will not change any more, which counts as its `owner`'s; the first of equal
+        blocks stays the known one. Returns what that is known as."""
+        known = self._known.get(prefix)
+        if known is not None:
+            return self._prefix_of[known]
+        if block not in self._prefix_of:
+            self._known[prefix] = block
+            self._prefix_of[block] = prefix
             self._owner_of[block] = owner
+        return prefix
 
     def release(self, blocks: Iterable[int]) -> None:
         """One reference less to each of a sequence's `blocks`, in the order of its tokens."""
@@ -85,7 +81,7 @@ class BlockPool:
         for block in reversed(list(blocks)):
             self._references[block] -= 1
             if not self._references[block]:
-                if block in self._digest_of:
+                if block in self._prefix_of:
                     self._cached.setdefault(self._owner_of[block], OrderedDict())[block] = None
                 else:
                     self._free.append(block)
@@ -94,8 +90,8 @@ class BlockPool:
         """Free every cached block, and let no referenced one be found: the model's weights changed."""
         self._free.extend(block for mine in self._cached.values() for block in mine)
         self._cached.clear()
-        self._by_digest.clear()
-        self._digest_of.clear()
+        self._known.clear()
+        self._prefix_of.clear()
         self._owner_of.clear()
 
     def check(self, held: Iterable[Sequence[int]] = ()) -> None:
@@ -111,5 +107,5 @@ class BlockPool:
         assert len(free) == len(self._free), "a block is free twice"
         assert not free & cached | cached & used | free & used, "a block is in two states"
         assert len(free) + len(cached) + len(used) == self.size, "a block is lost"
-        assert cached <= set(self._digest_of), "a cached block has no digest"
-        assert {block: digest for digest, block in self._by_digest.items()} == self._digest_of, "digests disagree"
+        assert cached <= set(self._prefix_of), "a cached block has no prefix"
+        assert {block: prefix for prefix, block in self._known.items()} == self._prefix_of, "prefixes disagree"

@@ -6,9 +6,9 @@ from enum import Enum, auto
 
 from torch import Tensor
 
-from benthic.inference.blocks import Digest, chain
 from benthic.inference.completion import Completion
 from benthic.inference.form import Form
+from benthic.inference.prefix import Prefix
 from benthic.model.sampling import Sampler, SamplingParams
 
 
@@ -36,7 +36,7 @@ class Request:
         prompt: list[int],
         sampler: Sampler,
         rank: int,
-        salt: Digest,
+        salt: Prefix,
         index: int = 0,
         leader: Request | None = None,
     ) -> None:
@@ -54,7 +54,7 @@ class Request:
         self.completion = Completion(prompt, index)
         self.form: Form | None = None
         self.owner = ""
-        self._digests = [salt]
+        self._prefixes = [salt]
 
     @property
     def params(self) -> SamplingParams:
@@ -93,9 +93,14 @@ class Request:
         prompt's tokens."""
         return self.params.prompt_logprobs is None and not self.params.routed_experts
 
-    def digest(self, block: int, block_size: int) -> Digest:
-        """The name of one of its full blocks."""
-        while len(self._digests) <= block + 1:
-            begin = (len(self._digests) - 1) * block_size
-            self._digests.append(chain(self._digests[-1], self.tokens[begin : begin + block_size]))
-        return self._digests[block + 1]
+    def prefix(self, block: int, block_size: int) -> Prefix:
+        """What one of its full blocks stands for."""
+        while len(self._prefixes) <= block + 1:
+            begin = (len(self._prefixes) - 1) * block_size
+            self._prefixes.append(self._prefixes[-1].followed_by(self.tokens[begin : begin + block_size]))
+        return self._prefixes[block + 1]
+
+    def adopt(self, block: int, prefix: Prefix) -> None:
+        """Go on from the equal prefix under which one of its blocks is known: what comes behind it is then compared
+        with what others have behind it, and no further back."""
+        self._prefixes[block + 1] = prefix

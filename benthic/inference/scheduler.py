@@ -107,7 +107,8 @@ class Scheduler:
         before, request.computed = request.computed, request.computed + tokens
         if self.config.prefix_caching:
             for block in range(before // size, request.computed // size):
-                self.pool.publish(request.blocks[block], request.digest(block, size), request.owner)
+                known = self.pool.publish(request.blocks[block], request.prefix(block, size), request.owner)
+                request.adopt(block, known)
 
     def check(self) -> None:
         """Raise AssertionError unless blocks and requests agree: nothing lost, nothing held twice."""
@@ -174,9 +175,10 @@ class Scheduler:
         if self.config.prefix_caching and request.may_share:
             size = self.config.block_size
             for place in range((len(request.tokens) - 1) // size):
-                block = self.pool.find(request.digest(place, size))
+                block = self.pool.find(request.prefix(place, size))
                 if block is None:
                     break
+                request.adopt(place, self.pool.prefix_of(block))
                 found.append(block)
         return found
 

@@ -19,7 +19,7 @@ class Generation:
 
     def __init__(self, client: EngineClient, limits: Limits, metrics: Metrics, answers: int) -> None:
         self._client, self._limits, self._metrics = client, limits, metrics
-        self._mailbox = Mailbox(answers, limits.unread_tokens)
+        self._mailbox = Mailbox(answers, limits.unread_bytes, self._cancel)
         self._numbers: list[int] = []
         self._is_bound = False
         self._began = time.monotonic()
@@ -43,24 +43,26 @@ class Generation:
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """What is added to which answer. Raises Refusal where the engine fails, or one of the answers."""
-        async for batch in self._mailbox.deltas():
-            now = time.monotonic()
-            for delta in batch:
-                self._measure(delta, now)
-                if delta.finish is not None and delta.finish.reason not in ("stop", "length"):
-                    raise self._failed(delta.finish.error or "the answer failed")
-                yield delta
+        async for delta in self._mailbox.deltas():
+            self._measure(delta, time.monotonic())
+            if delta.finish is not None and delta.finish.reason not in ("stop", "length"):
+                raise self._failed(delta.finish.error or "the answer failed")
+            yield delta
 
     def end(self) -> None:
         """Give up what is still on its way."""
         if self._clock is not None:
             self._clock.cancel()
-        for number in self._numbers:
-            self._client.cancel(number)  # nothing happens for those that ended
+        if self._mailbox.failure is None:
+            self._cancel()
         if self._numbers and self._mailbox.missing:
             failure = self._mailbox.failure
             is_ours = failure is not None and failure.status >= 500
             self._metrics.finished("error" if is_ours else "abort", self._mailbox.missing)
+
+    def _cancel(self) -> None:
+        for number in self._numbers:
+            self._client.cancel(number)  # nothing happens for those that ended
 
     def _failed(self, why: str) -> Refusal:
         if self._is_bound:

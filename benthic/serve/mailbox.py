@@ -2,50 +2,63 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+import time
+from asyncio import Event
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 
 from benthic.serve.messages import Delta
 from benthic.serve.refusal import Refusal
+
+PATIENCE = 0.25
+"""Seconds that a reader may be busy with one delta, whatever waits: what comes in a burst is no fault of his."""
 
 
 class Mailbox:
     """Deltas of `answers` answers, for one reader.
 
-    Holds at most `most_tokens` tokens: a reader that falls further behind is failed, and so its client disconnected.
-    `failure` is why no more comes.
+    A reader who is stuck, because his client does not read, may let `most_bytes` wait, or as much as he is stuck with;
+    then no more is kept, and what waits is thrown away. `failure` is why no more comes; `on_failure` is called once.
     """
 
-    def __init__(self, answers: int, most_tokens: int) -> None:
-        self.missing, self._most = answers, most_tokens
-        self._deltas: list[Delta] = []
-        self._tokens = 0
+    def __init__(self, answers: int, most_bytes: int, on_failure: Callable[[], None] = lambda: None) -> None:
+        self.missing, self._most, self._on_failure = answers, most_bytes, on_failure
         self.failure: Refusal | None = None
-        self._news = asyncio.Event()
+        self._deltas: deque[Delta] = deque()
+        self._waiting = 0
+        self._busy_with, self._busy_since = 0, float("inf")
+        self._news = Event()
 
     def put(self, delta: Delta) -> None:
         """One more delta; nothing more is kept after a failure."""
         if self.failure is not None:
             return
         self._deltas.append(delta)
-        self._tokens += len(delta.token_ids)
+        self._waiting += delta.bytes_held
         self.missing -= delta.finish is not None
-        if self._tokens > self._most:
-            self.fail(Refusal(408, f"the client left more than {self._most} tokens unread", "timeout_error"))
+        if self._waiting > max(self._most, self._busy_with) and time.monotonic() - self._busy_since > PATIENCE:
+            self.fail(Refusal(408, f"the client left more than {self._most} bytes unread", "timeout_error"))
         self._news.set()
 
     def fail(self, failure: Refusal) -> None:
         """No more comes."""
-        self.failure = self.failure or failure
+        if self.failure is None:
+            self.failure = failure
+            self._deltas.clear()
+            self._on_failure()
         self._news.set()
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """What came since, as it comes, until all answers ended. Raises the Refusal of a failure."""
-        while self.missing or self._deltas:
-            await self._news.wait()
-            self._news.clear()
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """One after another as they come, until all answers ended. Raises the Refusal of a failure."""
+        while self.missing or self._deltas or self.failure is not None:
             if self.failure is not None:
                 raise self.failure
-            taken, self._deltas, self._tokens = self._deltas, [], 0
-            if taken:
-                yield taken
+            if not self._deltas:
+                self._news.clear()
+                await self._news.wait()
+                continue
+            delta = self._deltas.popleft()
+            self._busy_with, self._busy_since = delta.bytes_held, time.monotonic()
+            self._waiting -= self._busy_with
+            yield delta
+            self._busy_with, self._busy_since = 0, float("inf")

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP1Settings
@@ -21,6 +22,9 @@ from benthic.serve.messages import Ready, Start
 from benthic.serve.metrics import Metrics
 from benthic.serve.service import Service
 from benthic.text import Tokenizer
+
+TOKENISING_THREADS = 4
+"""Few, so that all of them, each with memory of its own, are there soon; and several, as one may have a long text."""
 
 
 def serve(
@@ -49,6 +53,7 @@ class _Life:
     async def live(self, on_ready: Callable[[Ready], None]) -> None:
         """All of it."""
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(TOKENISING_THREADS, "tokenise"))
         for one in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(one, self._signal)
         http = self._granian()
