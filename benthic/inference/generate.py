@@ -71,9 +71,10 @@ def check_prompt(prompt: Sequence[int], params: SamplingParams, vocabulary: int,
             f"the prompt holds token {wrong}; the model's vocabulary is 0 to {vocabulary - 1}",
             hint="is this the model's own tokenizer?",
         )
-    biased = next((token for token in params.logit_bias if token >= vocabulary), None)
-    if biased is not None:
-        raise RequestError(f"logit_bias names token {biased}; the model's vocabulary is 0 to {vocabulary - 1}")
+    for name in ("logit_bias", "stop_token_ids"):
+        strange = next((token for token in getattr(params, name) if token >= vocabulary), None)
+        if strange is not None:
+            raise RequestError(f"{name} names token {strange}; the model's vocabulary is 0 to {vocabulary - 1}")
     if len(prompt) + params.max_tokens > positions:
         room = positions - len(prompt)
         raise RequestError(

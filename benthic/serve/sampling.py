@@ -10,7 +10,7 @@ from typing import Any
 from benthic.config.serve import Limits
 from benthic.serve.body import depth_of
 from benthic.serve.messages import Ready, Sampling
-from benthic.serve.refusal import wrong
+from benthic.serve.refusal import Refusal, wrong
 from benthic.serve.requests import (
     ChatRequest,
     CompletionRequest,
@@ -55,7 +55,7 @@ def sampling_of(
         "logit_bias": _logit_bias(request, ready, limits),
         "seed": None if request.seed is None else request.seed % 2**63,
         "stop": _stops(request, limits),
-        "stop_token_ids": tuple(request.stop_token_ids or ()),
+        "stop_token_ids": _stop_token_ids(request, ready),
         "ignore_eos": request.ignore_eos,
         "min_tokens": request.min_tokens,
         "logprobs": logprobs,
@@ -115,12 +115,21 @@ def _logit_bias(request: Drawing, ready: Ready, limits: Limits) -> dict[int, flo
         raise wrong(f"logit_bias has {len(given)} entries; at most {limits.bias_entries} are allowed", "logit_bias")
     for name in given:
         if not re.fullmatch("[0-9]{1,9}", name) or int(name) >= ready.vocabulary:
-            raise wrong(
-                f"logit_bias names {name[:50]!r}; token ids of this model are 0 to {ready.vocabulary - 1}",
-                "logit_bias",
-                "invalid_value",
-            )
+            raise _no_token("logit_bias", repr(name[:50]), ready)
     return {int(name): bias for name, bias in given.items()}
+
+
+def _stop_token_ids(request: Drawing, ready: Ready) -> tuple[int, ...]:
+    given = request.stop_token_ids or []
+    for token in given:
+        if token >= ready.vocabulary:
+            raise _no_token("stop_token_ids", str(token), ready)
+    return tuple(given)
+
+
+def _no_token(param: str, named: str, ready: Ready) -> Refusal:
+    message = f"{param} names {named}; token ids of this model are 0 to {ready.vocabulary - 1}"
+    return wrong(message, param, "invalid_value")
 
 
 def _stops(request: Drawing, limits: Limits) -> tuple[str, ...]:

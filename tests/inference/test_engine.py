@@ -417,6 +417,7 @@ def test_the_end_of_sequence_ends_unless_it_is_ignored(make_engine):
         ([1] * 60, GREEDY, "60 prompt tokens and max_tokens 10 exceed the model's 64 positions"),
         ([1] * 40, GREEDY, "40 prompt tokens and max_tokens 10 do not fit the cache of 6 blocks of 8 tokens"),
         ([1], GREEDY.replace(logit_bias={61: 1.0}), "logit_bias names token 61"),
+        ([1], GREEDY.replace(stop_token_ids=(61,), min_tokens=1), "stop_token_ids names token 61"),
         (None, GREEDY, "a prompt is text or a list of token ids, not NoneType"),
         (b"text", GREEDY, "a prompt is text or a list of token ids, not bytes"),
         (torch.tensor([1, 2]), GREEDY, "a prompt is text or a list of token ids, not Tensor"),

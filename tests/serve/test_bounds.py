@@ -147,6 +147,16 @@ def test_a_bias_names_tokens_of_the_vocabulary_and_is_bounded(server, folder):
         assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("path", [CHAT, PLAIN])
+def test_a_token_that_ends_an_answer_is_one_of_the_vocabulary(path, server, folder):
+    vocabulary = Tokenizer.from_folder(folder).vocab_size
+    for more in ({}, {"min_tokens": 1}):
+        status, body = post(server, path, FINE[path] | {"stop_token_ids": [5, vocabulary]} | more)
+        assert_refused((status, body), 400)
+        assert body["error"]["param"] == "stop_token_ids"
+        assert post(server, path, FINE[path] | {"stop_token_ids": [vocabulary - 1]} | more)[0] == 200
+
+
 @pytest.mark.parametrize(
     "prompt",
     [[], [-1], [10**6], [2**31], [2**70], [[]], [[1], "x"], [1, "x"], [True], [[[1]]], [1.5], {}, None, [None],
