@@ -194,8 +194,8 @@ def test_a_layout_for_many_processes_says_how_to_start_them(config, tmp_path, ca
 def test_a_run_over_ranks_is_planned_with_its_layout(capsys):
     assert main(["train", "deepseek-v3", "--plan-only", "--plan-device", "h100"]) == 0
     shown = capsys.readouterr().out
-    assert "1,024 x" in shown
-    assert "dp=2,fsdp=512,zero=3,ep=64" in shown
+    assert "2,048 x" in shown
+    assert "fsdp=128,zero=1,ep=64,pp=16,schedule=dualpipev" in shown
     assert "DOES NOT FIT" not in shown
 
 
