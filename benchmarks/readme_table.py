@@ -248,7 +248,22 @@ def _fp8_loss(result: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _server_overhead(result: dict[str, Any]) -> Iterator[str]:
+    """Tokens a second through the server beside the engine alone, and the share of time that it adds."""
+    work, machine, found = result["workload"], result["machine"], result["summary"]
+    added = {name: f"{100 * value:.1f}%" for name, value in found["added_share"].items()}
+    yield _row(
+        f"{work['clients']} streams through the server, {work['new_tokens']} tokens each, a demo's model",
+        f"{found['served_tokens_per_second']['median']:,.0f} tokens/s",
+        f"the engine alone: {found['alone_tokens_per_second']['median']:,.0f}",
+        f"{added['median']} added ({added['least']} to {added['most']})",
+        f"{machine['cores']} CPU cores ({machine['processor'].split(' (')[0]}), torch {machine['versions']['torch']}",
+        machine["commit"],
+    )
+
+
 ROWS = {
+    "server_overhead": _server_overhead,
     "decode": _decode,
     "fp8_loss": _fp8_loss,
     "kernels": _kernels,

@@ -79,6 +79,14 @@ def test_losses_in_fp8_stand_beside_bf16_s(results):
     )
 
 
+def test_what_a_server_adds_is_shown_beside_the_engine_alone(results):
+    spread = {"median": 0.1, "least": -0.01, "most": 0.2}
+    speeds = {name: {"median": 1000.0} for name in ("alone_tokens_per_second", "served_tokens_per_second")}
+    result = {"workload": {"clients": 32, "new_tokens": 128}, "machine": MACHINE | {"cores": 2, "processor": "CPU (x)"}}
+    (row,) = results("server_overhead", result | {"summary": speeds | {"added_share": spread}})
+    assert "| 10.0% added (-1.0% to 20.0%) | 2 CPU cores (CPU)" in row
+
+
 def test_results_that_are_not_there_yet_leave_no_row(results):
     assert readme_table.headlines() == "\n".join(readme_table.HEADER)
 
